@@ -1,0 +1,429 @@
+"""Every option of a run: typed dataclasses, filled from defaults, then YAML, then the command line.
+
+One dataclass a component; the defaults stand here and nowhere else. The recipe of the published code is the
+default wherever the paper states one, so a recipe file says only what makes it different.
+Nothing heavy is imported here: ``--help`` and every check that needs no data answer at once.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+Pair = int | list[int]
+# The fields of ModelConfig that are not fields of the architecture.
+_NOT_ARCHITECTURE = ("name", "img_size", "num_classes", "drop_path_rate", "checkpoint", "checkpoint_ema")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network. Fields below ``checkpoint`` override the named architecture when they are set.
+
+    Args:
+        name: Registered architecture: volo_d1 ... volo_d5, volo_tiny, volo_nano.
+        img_size: Training resolution in pixels, one number or [height, width]; divisible by 16 for D1-D5.
+        num_classes: Number of classes.
+        drop_path_rate: Stochastic depth of the last Transformer block; grows linearly with depth.
+        checkpoint: Weights to start from (fine-tuning): published, timm's or our own file.
+        checkpoint_ema: Start from the EMA weights in that file.
+        layers: Blocks per stage.
+        embed_dims: Channels per stage.
+        num_heads: Attention heads per stage.
+        mlp_ratios: MLP hidden width over channels, per stage.
+        patch_size: Stride of the patch embedding in pixels.
+        stem_hidden_dim: Channels of the convolutional stem.
+        outlook_stages: Which stages use outlook attention (true) rather than self-attention.
+        downsample_after: After which stages the grid is halved.
+        outlook_kernel: Side of the outlook window.
+        outlook_stride: Stride between outlook windows.
+        outlook_padding: Zero padding of the outlook values.
+        post_layers: Number of class-attention blocks.
+        qkv_bias: Biases in the query, key and value projections.
+        drop_rate: Dropout after the position embedding and in the MLPs and projections.
+        attn_drop_rate: Dropout of attention weights.
+        return_mean: No class token: classify the mean of the tokens.
+        return_dense: Have the auxiliary head over tokens.
+        drop_path_outlookers: Stochastic depth reaches the Outlookers too (the published code skips them).
+    """
+
+    name: str = "volo_d1"
+    img_size: Pair = 224
+    num_classes: int = 1000
+    drop_path_rate: float = 0.0
+    checkpoint: str | None = None
+    checkpoint_ema: bool = False
+    layers: list[int] | None = None
+    embed_dims: list[int] | None = None
+    num_heads: list[int] | None = None
+    mlp_ratios: list[float] | None = None
+    patch_size: int | None = None
+    stem_hidden_dim: int | None = None
+    outlook_stages: list[bool] | None = None
+    downsample_after: list[bool] | None = None
+    outlook_kernel: int | None = None
+    outlook_stride: int | None = None
+    outlook_padding: int | None = None
+    post_layers: int | None = None
+    qkv_bias: bool | None = None
+    drop_rate: float | None = None
+    attn_drop_rate: float | None = None
+    return_mean: bool | None = None
+    return_dense: bool | None = None
+    drop_path_outlookers: bool | None = None
+
+    def __post_init__(self):
+        _require(self.num_classes >= 2, f"model.num_classes is {self.num_classes}; at least 2 are needed")
+        _require(0 <= self.drop_path_rate < 1, f"model.drop_path_rate is {self.drop_path_rate}; it is in [0, 1)")
+
+    @property
+    def architecture(self) -> dict:
+        """The architecture fields the user set, as ``create_model`` takes them."""
+        fields = {k: v for k, v in asdict(self).items() if k not in _NOT_ARCHITECTURE and v is not None}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        size = self.img_size
+        if isinstance(size, int):
+            return size, size
+        _require(len(size) == 2, f"model.img_size is {size}; give one number or [height, width]")
+        return size[0], size[1]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they are read.
+
+    Args:
+        root: Folder that holds the train and val folders.
+        train_split: Name of the training folder under root.
+        val_split: Name of the validation folder under root; with "none" nothing is evaluated.
+        val_labels: Labels file for a flat validation folder: one "name label" or one label a line.
+        class_list: Class names in index order: "folders" (sorted names of the training folders), "imagenet"
+            (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
+        workers: Loader processes a rank.
+        on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
+            another image, drawn from seed, epoch and index, takes its place).
+        exif: "ignore" orientation tags, as the published code does, or "apply" them.
+    """
+
+    root: str = "data/imagenet"
+    train_split: str = "train"
+    val_split: str = "val"
+    val_labels: str | None = None
+    class_list: str = "folders"
+    workers: int = 8
+    on_error: Literal["fail", "skip"] = "fail"
+    exif: Literal["ignore", "apply"] = "ignore"
+
+    def __post_init__(self):
+        _require(self.workers >= 0, f"data.workers is {self.workers}; 0 or more")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of one training image.
+
+    Args:
+        order: "timm" crops, then flips, then applies RandAugment; "reference" flips, applies RandAugment to the
+            whole image and crops last, as the published token-labeling loader does.
+        crop: "random_resized", or "shift": resize to the input size, pad with black, crop at a random offset.
+        scale: Area of the random resized crop over the image's, [smallest, largest].
+        ratio: Width over height of the crop, [smallest, largest], drawn log-uniformly.
+        shift_pixels: Largest offset of crop "shift", in pixels of the input size.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        rand_augment: RandAugment in timm's notation, or "none".
+        interpolation: Resampling of the crop; "random" draws bilinear or bicubic an image.
+        erase_prob: Probability of random erasing (one box of normal noise, after normalisation).
+        mean: Per-channel mean of the input, in [0, 1].
+        std: Per-channel standard deviation of the input, in [0, 1].
+    """
+
+    order: Literal["timm", "reference"] = "timm"
+    crop: Literal["random_resized", "shift"] = "random_resized"
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    shift_pixels: int = 4
+    hflip: float = 0.5
+    vflip: float = 0.0
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    erase_prob: float = 0.25
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+    def __post_init__(self):
+        for name in ("hflip", "vflip", "erase_prob"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name} is {getattr(self, name)}; it is in [0, 1]")
+        for name, top in (("scale", 1.0), ("ratio", float("inf"))):
+            pair = getattr(self, name)
+            _require(
+                len(pair) == 2 and 0 < pair[0] <= pair[1] <= top,
+                f"augment.{name} is {pair}; give [smallest, largest], both above 0 and at most {top}",
+            )
+        for name in ("mean", "std"):
+            _require(len(getattr(self, name)) == 3, f"augment.{name} needs three numbers, one a channel")
+        _require(min(self.std) > 0, f"augment.std is {self.std}; every entry is above 0")
+        _require(self.shift_pixels >= 0, f"augment.shift_pixels is {self.shift_pixels}; 0 or more")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Mixing of the images of a batch. Boxes and ratios are drawn on the host from (seed, epoch, step).
+
+    Args:
+        mix_token: MixToken after the patch embedding; lambda is drawn from Beta(1, 1).
+        mixup: Alpha of MixUp; 0 is off.
+        cutmix: Alpha of CutMix; 0 is off.
+        prob: Probability of mixing a batch (or pair, or element).
+        switch_prob: Probability of CutMix where both are on.
+        mode: Ratio and box a "batch", "pair" or "elem".
+        off_epoch: From this epoch on MixUp and CutMix are off; 0 never turns them off.
+    """
+
+    mix_token: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+    off_epoch: int = 0
+
+    def __post_init__(self):
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, f"mix.{name} is {getattr(self, name)}; 0 (off) or more")
+        for name in ("prob", "switch_prob"):
+            _require(0 <= getattr(self, name) <= 1, f"mix.{name} is {getattr(self, name)}; it is in [0, 1]")
+        _require(
+            not (self.mix_token and self.mixes_images),
+            "mix.mix_token and mix.mixup / mix.cutmix would mix the same batch twice; turn one of them off",
+        )
+
+    @property
+    def mixes_images(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Classification loss on the class token and on the tokens.
+
+    Args:
+        cls_weight: Weight of the class-token term.
+        dense_weight: Weight of the token term; 0 leaves the token term out.
+        smoothing: Label smoothing.
+    """
+
+    cls_weight: float = 1.0
+    dense_weight: float = 0.5
+    smoothing: float = 0.1
+
+    def __post_init__(self):
+        _require(0 <= self.smoothing < 1, f"loss.smoothing is {self.smoothing}; it is in [0, 1)")
+        for name in ("cls_weight", "dense_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name} is {getattr(self, name)}; 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and gradients.
+
+    Args:
+        name: Any optimizer of timm's create_optimizer_v2.
+        implementation: "torch" (fused on CUDA where it can), or "apex": NVIDIA Apex's FusedAdam in AdamW mode.
+        lr: Learning rate at the end of warmup; it is not scaled by the batch.
+        weight_decay: Decoupled weight decay; biases, 1-D tensors, class token and position embedding have none.
+        betas: Adam's two decay rates.
+        eps: Adam's epsilon.
+        clip_grad: Gradient clipping threshold; 0 is off.
+        clip_mode: What is clipped: total "norm", "value", or adaptive ("agc").
+    """
+
+    name: str = "adamw"
+    implementation: Literal["torch", "apex"] = "torch"
+    lr: float = 1.6e-3
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    clip_grad: float = 0.0
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+    def __post_init__(self):
+        _require(self.lr > 0, f"optim.lr is {self.lr}; it is above 0")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas: two numbers in [0, 1)"
+        )
+        _require(self.clip_grad >= 0, f"optim.clip_grad is {self.clip_grad}; 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Cosine learning-rate schedule. A run lasts epochs + cooldown_epochs.
+
+    Args:
+        epochs: Length of the cosine, warmup included.
+        warmup_epochs: Linear warmup at the start of the cosine (the cosine is not shifted by it).
+        cooldown_epochs: Epochs at min_lr after the cosine.
+        warmup_lr: Learning rate of the first epoch.
+        min_lr: Learning rate at the end of the cosine and in the cooldown.
+        per_step: Change the learning rate every step rather than every epoch.
+    """
+
+    epochs: int = 300
+    warmup_epochs: int = 20
+    cooldown_epochs: int = 10
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    per_step: bool = False
+
+    def __post_init__(self):
+        _require(self.epochs >= 1, f"schedule.epochs is {self.epochs}; at least 1")
+        _require(self.cooldown_epochs >= 0, f"schedule.cooldown_epochs is {self.cooldown_epochs}; 0 or more")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"schedule.warmup_epochs is {self.warmup_epochs}; it is between 0 and schedule.epochs ({self.epochs})",
+        )
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + self.cooldown_epochs
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of parameters and buffers.
+
+    Args:
+        enabled: Keep an average.
+        decay: Decay a step.
+        warmup: Let the decay grow from 0 with the steps, as 1 - (1 + step)^(-2/3), up to ``decay``.
+    """
+
+    enabled: bool = False
+    decay: float = 0.99992
+    warmup: bool = False
+
+    def __post_init__(self):
+        _require(0 < self.decay < 1, f"ema.decay is {self.decay}; it is in (0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation, in training and by validate.py.
+
+    Args:
+        crop_pct: The shorter side is resized to input size / crop_pct, then the centre is cropped; above 1 the
+            image is padded with black.
+        interpolation: Resampling of the resize.
+        batch_size: Images a process and step.
+        every_epochs: Evaluate every so many epochs of training, and after the last.
+        before_training: Evaluate once before the first step (fine-tuning).
+        weights: Which weights choose the best checkpoint: "auto" takes EMA where it is on.
+    """
+
+    crop_pct: float = 0.96
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    batch_size: int = 128
+    every_epochs: int = 1
+    before_training: bool = False
+    weights: Literal["auto", "raw", "ema"] = "auto"
+
+    def __post_init__(self):
+        _require(self.crop_pct > 0, f"eval.crop_pct is {self.crop_pct}; it is above 0")
+        _require(self.batch_size >= 1, f"eval.batch_size is {self.batch_size}; at least 1")
+        _require(self.every_epochs >= 1, f"eval.every_epochs is {self.every_epochs}; at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: batch, precision, place, resumption.
+
+    Args:
+        batch_size: Images an optimizer step over all processes and accumulation steps.
+        device_batch_size: Most images a process takes through the network at once; what its share of the batch
+            has beyond that is accumulated over several passes.
+        seed: Seed of everything that is drawn.
+        precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, where the installed Apex has it.
+        device: "auto" takes CUDA where it is found; or "cuda", "cpu".
+        compile: Compile the model with torch.compile.
+        channels_last: Keep image tensors in channels-last memory order.
+        sync_bn: BatchNorm statistics over all processes in every step.
+        output: Folder that holds run folders.
+        name: Name of the run folder; empty takes the model, resolution and recipe.
+        resume: "auto" goes on from the newest valid checkpoint in the run folder, "never" starts only in a
+            folder without one, or the path of a checkpoint.
+        keep_checkpoints: How many epoch checkpoints stay, beside last.pt and best.pt.
+        checkpoint_every_epochs: Save every so many epochs, and after the last.
+        log_every_steps: Steps between two log lines and TensorBoard points.
+    """
+
+    batch_size: int = 1024
+    device_batch_size: int = 128
+    seed: int = 42
+    precision: Literal["auto", "fp32", "bf16", "fp16", "apex_o1"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    compile: bool = False
+    channels_last: bool = False
+    sync_bn: bool = False
+    output: str = "runs"
+    name: str = ""
+    resume: str = "auto"
+    keep_checkpoints: int = 3
+    checkpoint_every_epochs: int = 1
+    log_every_steps: int = 50
+
+    def __post_init__(self):
+        for name in ("batch_size", "device_batch_size", "checkpoint_every_epochs", "log_every_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; at least 1")
+        _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints is {self.keep_checkpoints}; at least 1")
+        _require(self.seed >= 0, f"train.seed is {self.seed}; 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole.
+
+    Args:
+        model: The network.
+        data: The images.
+        augment: Augmentation of a training image.
+        mix: Mixing of a batch.
+        loss: The loss.
+        optim: The optimizer.
+        schedule: The learning rate.
+        ema: The weight average.
+        eval: Evaluation.
+        train: The run.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        _require(
+            self.eval.weights != "ema" or self.ema.enabled,
+            "eval.weights is 'ema', but ema.enabled is false: turn the average on or evaluate the raw weights",
+        )
+        dense = self.model.return_dense is not False and self.model.return_mean is not True
+        _require(
+            dense or self.loss.dense_weight == 0,
+            "the network has no token head (model.return_dense or model.return_mean), so the token term has "
+            "nothing to act on: set loss.dense_weight to 0",
+        )
+        _require(
+            dense or not self.mix.mix_token,
+            "MixToken needs the token head, which model.return_dense / model.return_mean took away: "
+            "set mix.mix_token to false",
+        )

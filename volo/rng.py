@@ -1,0 +1,25 @@
+"""Randomness as a function of named integers.
+
+Every draw of a run comes from a generator keyed by what it is for and where it happens: (seed, purpose, epoch,
+sample index) or (seed, purpose, epoch, step, chunk). So a draw depends on nothing that happened before it, which
+is what lets a run resume at any step and give the same augmentation on any number of workers and ranks.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """Return the generator of ``purpose`` at the integer position ``key`` (each 0 or more) under ``seed``."""
+    return np.random.Generator(np.random.PCG64(sequence(seed, purpose, *key)))
+
+
+def torch_seed(seed: int, purpose: str, *key: int) -> int:
+    """Return a 63-bit seed for a ``torch.Generator``, keyed as in :func:`generator`."""
+    return int(sequence(seed, purpose, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
+    # The purpose enters as a checksum of its name: Python's own hash() differs from process to process.
+    return np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *key))
