@@ -198,10 +198,6 @@ class MixConfig:
             _require(getattr(self, name) >= 0, f"mix.{name} is {getattr(self, name)}; 0 (off) or more")
         for name in ("prob", "switch_prob"):
             _require(0 <= getattr(self, name) <= 1, f"mix.{name} is {getattr(self, name)}; it is in [0, 1]")
-        _require(
-            not (self.mix_token and self.mixes_images),
-            "mix.mix_token and mix.mixup / mix.cutmix would mix the same batch twice; turn one of them off",
-        )
 
     @property
     def mixes_images(self) -> bool:
