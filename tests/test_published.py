@@ -1,0 +1,78 @@
+"""The published numbers: the eleven rows, checked against timm's models and against each other."""
+
+import timm
+import torch
+
+from volo.published import all_published, published, published_top1
+
+# Model, resolution, parameters at 1000 classes: written down apart from published.json.
+PARAMS = {
+    ("volo_d1", 224): 26_632_040,
+    ("volo_d1", 384): 26_777_960,
+    ("volo_d2", 224): 58_678_336,
+    ("volo_d2", 384): 58_872_896,
+    ("volo_d3", 224): 86_325_072,
+    ("volo_d3", 448): 86_626_128,
+    ("volo_d4", 224): 192_961_520,
+    ("volo_d4", 448): 193_413_104,
+    ("volo_d5", 224): 295_455_584,
+    ("volo_d5", 448): 295_907_168,
+    ("volo_d5", 512): 296_091_488,
+}
+DATASETS = ("imagenet", "real", "v2-matched-frequency")
+
+
+def test_the_eleven_models_and_their_parameters():
+    assert {(row.name, row.resolution): row.params for row in all_published()} == PARAMS
+    assert [row.key for row in all_published()] == sorted(row.key for row in all_published())
+
+
+def test_parameters_and_crop_equal_timm():
+    for row in all_published():
+        with torch.device("meta"):
+            model = timm.create_model(row.key)
+        assert sum(p.numel() for p in model.parameters()) == row.params, row.key
+        assert model.pretrained_cfg["crop_pct"] == row.timm_crop_pct, row.key
+        assert model.pretrained_cfg["input_size"] == (3, row.resolution, row.resolution), row.key
+
+
+def test_official_crop_follows_the_model_alone():
+    for row in all_published():
+        assert row.official_crop_pct == (1.15 if row.name in ("volo_d4", "volo_d5") else 0.96), row.key
+
+
+def test_accuracies_are_plausible():
+    for row in all_published():
+        assert tuple(row.timm) == DATASETS
+        assert all(70 < acc.top1 < acc.top5 < 100 for acc in row.timm.values()), row.key
+        # The same weights: ReaL forgives labels, V2 is harder, and timm is close to what the authors report.
+        assert row.timm["v2-matched-frequency"].top1 < row.timm["imagenet"].top1 < row.timm["real"].top1, row.key
+        assert abs(row.timm["imagenet"].top1 - row.paper_top1) < 0.25, row.key
+        # Accuracies over 50,000 and 10,000 images have no finer steps than these.
+        assert round(row.timm["imagenet"].top1 * 500, 6).is_integer(), row.key
+        assert round(row.timm["v2-matched-frequency"].top1 * 100, 6).is_integer(), row.key
+
+
+def test_accuracy_and_cost_grow_with_the_resolution():
+    for name in ("volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"):
+        rows = [row for row in all_published() if row.name == name]
+        for small, large in zip(rows, rows[1:], strict=False):
+            assert small.resolution < large.resolution
+            assert small.params < large.params and small.paper_top1 < large.paper_top1
+            assert all(small.timm[d].top1 < large.timm[d].top1 for d in DATASETS)
+            # Work grows with the tokens, and attention's part of it faster.
+            assert large.gmacs / small.gmacs > (large.resolution / small.resolution) ** 2
+
+
+def test_look_up():
+    assert published("volo_d3", 448).paper_top1 == 86.3
+    assert published("volo_d1", 448) is None
+    assert published("volo_tiny", 224) is None
+
+
+def test_published_top1_by_dataset():
+    assert published_top1("volo_d4", 224, "imagenet") == [("paper", 85.7, 1.15), ("timm", 85.868, 0.96)]
+    assert published_top1("volo_d5", 512, "real") == [("timm", 90.633, 1.15)]
+    assert published_top1("volo_d1", 384, "v2-matched-frequency") == [("timm", 75.69, 1.0)]
+    assert published_top1("volo_d1", 224, "v2-threshold-0.7") == []
+    assert published_top1("volo_tiny", 32, "imagenet") == []
