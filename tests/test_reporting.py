@@ -1,0 +1,278 @@
+"""Reporting in files: numbers survive the trip through metrics.csv, TensorBoard and results, and curves are drawn."""
+
+import csv
+import json
+import math
+import resource
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from volo.reporting import MetricsWriter, plot_curves, read_metrics, write_results
+
+AWKWARD = [0.1, 1 / 3, 1e-300, 6.907755374908447, -0.0, 1.6e-3, float(np.float32(0.1)), 12345678.875]
+
+
+def board_scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+# metrics.csv and TensorBoard
+
+
+def test_metrics_round_trip_exactly(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step, value in enumerate(AWKWARD):
+        writer.scalars(step, step / 7, **{"train/loss": value, "train/lr": value / 3})
+    writer.close()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["train/loss"] for row in rows] == AWKWARD
+    assert [row["train/lr"] for row in rows] == [value / 3 for value in AWKWARD]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(i, i / 7) for i in range(len(AWKWARD))]
+    assert math.copysign(1, rows[4]["train/loss"]) == -1
+    assert all(isinstance(row["step"], int) for row in rows)
+
+
+def test_non_finite_metrics_are_kept(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, 0.5, **{"train/loss": math.nan, "train/grad_norm": math.inf})
+    row = read_metrics(tmp_path / "metrics.csv")[0]
+    assert math.isnan(row["train/loss"]) and row["train/grad_norm"] == math.inf
+    writer.close()
+
+
+def test_a_new_metric_widens_the_file(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, 0.5, **{"train/loss": 1.0})
+    writer.scalars(2, 1.0, **{"val/top1": 50.0, "val/top5": 80.0})
+    writer.scalars(3, 1.5, **{"train/loss": 0.5})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.csv") == [
+        {"step": 1, "epoch": 0.5, "train/loss": 1.0},
+        {"step": 2, "epoch": 1.0, "val/top1": 50.0, "val/top5": 80.0},
+        {"step": 3, "epoch": 1.5, "train/loss": 0.5},
+    ]
+    # An independent reader sees one header and rows of one length.
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == ["step", "epoch", "train/loss", "val/top1", "val/top5"]
+    assert {len(line) for line in lines} == {5}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_tensorboard_equals_the_csv_file(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 6):
+        writer.scalars(step, step / 5, **{"train/loss": 1 / step, "train/lr": 1e-6 * step})
+    writer.scalars(5, 1.0, **{"val/top1": 81.25})
+    writer.close()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    board = board_scalars(tmp_path)
+    assert set(board) == {"train/loss", "train/lr", "val/top1"}
+    for tag, points in board.items():
+        assert points == [(row["step"], float(np.float32(row[tag]))) for row in rows if tag in row]
+
+
+def test_a_resumed_run_appends(tmp_path):
+    for first in (1, 3):
+        writer = MetricsWriter(tmp_path)
+        for step in (first, first + 1):
+            writer.scalars(step, step / 4, **{"train/loss": float(step)})
+        writer.close()
+    assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.0, 3.0, 4.0]
+    assert board_scalars(tmp_path)["train/loss"] == [(s, float(s)) for s in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("checkpoint", [-1, 0, 1, 3, 5, 9])
+def test_resuming_from_an_older_step_forgets_what_came_after(tmp_path, checkpoint):
+    first = MetricsWriter(tmp_path)
+    for step in range(6):
+        first.scalars(step, step / 6, **{"train/loss": float(step)})
+    first.scalars(3, 0.5, **{"val/top1": 33.0})
+    first.close()
+    resumed = MetricsWriter(tmp_path)
+    resumed.truncate_after(checkpoint)
+    for step in range(checkpoint + 1, checkpoint + 3):
+        resumed.scalars(step, step / 6, **{"train/loss": 100.0 + step})
+    resumed.close()
+    kept = [s for s in range(6) if s <= checkpoint]
+    expected = [(s, float(s)) for s in kept] + [(s, 100.0 + s) for s in (checkpoint + 1, checkpoint + 2)]
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == expected
+    assert [row["val/top1"] for row in rows if "val/top1" in row] == ([33.0] if checkpoint >= 3 else [])
+    board = board_scalars(tmp_path)
+    assert board["train/loss"] == expected
+    assert board["val/top1"] == ([(3, 33.0)] if checkpoint >= 3 else [])
+
+
+def test_truncating_an_open_writer_and_an_empty_folder(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.truncate_after(10)
+    writer.scalars(1, 1.0, **{"train/loss": 1.0})
+    writer.scalars(2, 2.0, **{"train/loss": 2.0})
+    writer.truncate_after(1)
+    writer.scalars(2, 2.0, **{"train/loss": 2.5})
+    writer.close()
+    assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.5]
+    assert board_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.5)]
+
+
+def test_a_line_torn_by_a_kill_is_dropped_and_reported(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2):
+        writer.scalars(step, 0.25, **{"train/loss": 6.5, "train/lr": 0.125})
+    writer.close()
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text()[:-3])  # "0.125\n" is now "0.1": a number, but not the one that was meant
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    writer = MetricsWriter(tmp_path)
+    assert "not finished" in caplog.text and "2,0.25,6.5,0.1" in caplog.text
+    writer.scalars(2, 0.25, **{"train/loss": 6.5, "train/lr": 0.125})
+    writer.close()
+    assert [row["train/lr"] for row in read_metrics(path)] == [0.125, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,top1\na,1\n", "not a metrics.csv"),
+        ("step,epoch,train/loss\n1,0.5,6.9\n2,0.5\n", "line 3 is damaged"),
+        ("step,epoch,train/loss\n1,0.5,6.9x\n", "line 2 is damaged"),
+        ("step,epoch,train/loss\n,0.5,6.9\n", "line 2 is damaged"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused_and_left_alone(tmp_path, text, message):
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MetricsWriter(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_metrics(path)
+    assert path.read_text() == text
+
+
+def test_a_disabled_writer_touches_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path / "run", enabled=False)
+    writer.scalars(1, 0.5, **{"train/loss": 1.0})
+    writer.truncate_after(0)
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+# results
+
+
+def test_results_round_trip(tmp_path):
+    rows = [
+        {"dataset": "imagenet", "top1": 84.148, "images": 50_000, "published": [{"source": "paper", "top1": 84.2}]},
+        {"dataset": "re,al", "top1": 1 / 3, "loss": math.nan},
+    ]
+    write_results(tmp_path / "out" / "results.json", tmp_path / "out" / "results.csv", rows)
+    stored = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert stored == [rows[0], {**rows[1], "loss": None}]
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["dataset", "top1", "images", "published", "loss"]
+    assert (table[1]["dataset"], float(table[1]["top1"]), table[1]["loss"]) == ("re,al", 1 / 3, "nan")
+    assert json.loads(table[0]["published"]) == rows[0]["published"]
+
+
+def test_a_failed_write_keeps_the_old_results(tmp_path):
+    paths = tmp_path / "results.json", tmp_path / "results.csv"
+    write_results(*paths, [{"top1": 1.0}])
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(TypeError):
+        write_results(*paths, [{"top1": object()}])
+    assert [path.read_bytes() for path in paths] == before
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(OSError):
+        write_results(tmp_path / "folder.json", paths[1], [{"top1": 2.0}])
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json", "results.csv", "results.json"]
+
+
+def test_a_full_disk_keeps_the_old_file_whole(tmp_path):
+    paths = tmp_path / "results.json", tmp_path / "results.csv"
+    write_results(*paths, [{"top1": 1.0}])
+    before = [path.read_bytes() for path in paths]
+    old_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_results(*paths, [{"top1": float(i)} for i in range(1000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old_signal)
+    assert [path.read_bytes() for path in paths] == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_rewrite_replaces_the_file_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, 0.5, **{"train/loss": 1.0})
+    # A second name of the old file still shows the old contents: nothing was written over them.
+    (tmp_path / "old").hardlink_to(tmp_path / "metrics.csv")
+    writer.scalars(2, 1.0, **{"val/top1": 50.0})
+    writer.close()
+    assert (tmp_path / "old").read_text() == "step,epoch,train/loss\n1,0.5,1.0\n"
+
+
+# curves.png
+
+
+def drawn(tmp_path, rows) -> Image.Image:
+    writer = MetricsWriter(tmp_path)
+    for row in rows:
+        writer.scalars(**row)
+    writer.close()
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", "volo_tiny 32")
+    assert sorted(path.suffix for path in tmp_path.iterdir() if "tfevents" not in path.name) == [".csv", ".png"]
+    image = Image.open(tmp_path / "curves.png").convert("RGB")
+    assert image.width >= 1000 and image.height >= 600
+    return image
+
+
+def colours(image: Image.Image, box: tuple[int, int, int, int]) -> set[tuple[int, int, int]]:
+    """Colours of a box given in hundredths of width and height."""
+    scale = [image.width / 100, image.height / 100] * 2
+    crop = image.crop(tuple(int(edge * s) for edge, s in zip(box, scale, strict=True)))
+    return {colour for _, colour in crop.getcolors(crop.width * crop.height)}
+
+
+def test_curves_of_one_epoch_with_gaps(tmp_path):
+    image = drawn(
+        tmp_path,
+        [
+            {"step": 1, "epoch": 0.5, "train/loss": 7.0, "train/lr": 1e-3, "train/images_per_s": 800.0},
+            {"step": 2, "epoch": 1.0, "train/loss": math.nan, "train/lr": 1e-3, "train/images_per_s": math.inf},
+            {"step": 2, "epoch": 1.0, "val/top1": 60.0, "val/top5": 90.0, "val/loss": 2.0},
+            {"step": 2, "epoch": 1.0, "val_ema/top1": math.nan, "val_ema/loss": math.inf},
+        ],
+    )
+    blue, orange, green = (0x1F, 0x6F, 0xB4), (0xE0, 0x7B, 0x1A), (0x2B, 0x9A, 0x66)
+    loss, accuracy = colours(image, (0, 0, 50, 50)), colours(image, (50, 0, 100, 50))
+    assert {blue, orange} <= loss and green not in loss
+    assert orange in accuracy and green not in accuracy
+
+
+def test_curves_of_a_long_run_are_smoothed(tmp_path):
+    noise = np.random.default_rng(0).normal(size=(401, 2))
+    path = tmp_path / "metrics.csv"
+    lines = [f"{i},{i / 40!r},{6 + a!r},{abs(b) / 10!r}\n" for i, (a, b) in enumerate(noise.tolist())]
+    path.write_text("step,epoch,train/loss,train/data_wait\n" + "".join(lines))
+    plot_curves(path, tmp_path / "curves.png", "long")
+    image = Image.open(tmp_path / "curves.png").convert("RGB")
+    assert {(0x1F, 0x6F, 0xB4), (255, 255, 255)} <= colours(image, (0, 0, 50, 50))
+    assert (0xE0, 0x7B, 0x1A) in colours(image, (50, 50, 100, 100))
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 0, "epoch": 0.0, "val/top1": 0.0}]], ids=["nothing", "epoch 0"])
+def test_curves_of_almost_nothing(tmp_path, rows):
+    if not rows:
+        (tmp_path / "metrics.csv").write_text("step,epoch\n")
+    drawn(tmp_path, rows)

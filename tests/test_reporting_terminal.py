@@ -1,0 +1,147 @@
+"""Reporting on a terminal: log lines, progress and tables are laid out as meant."""
+
+import io
+import logging
+import math
+import sys
+
+import pytest
+
+from volo.reporting import Progress, human_duration, setup_logging, text_table
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger():
+    """Leave the logger "volo" as it was found: setup_logging changes it for the whole process."""
+    logger = logging.getLogger("volo")
+    level = logger.level
+    yield
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(level)
+
+
+def test_table_aligns_decimals_and_text():
+    table = text_table(
+        ["dataset", "images", "top-1", "difference"],
+        [["imagenet", "50,000", 84.148, "+0.05"], ["real", "46,837", 88.9, None], ["v2", 9, 100, "-1"]],
+    )
+    assert table.splitlines() == [
+        "dataset   images    top-1  difference",
+        "--------  ------  -------  ----------",
+        "imagenet  50,000   84.148       +0.05",
+        "real      46,837   88.9          -",
+        "v2             9  100           -1",
+    ]
+
+
+def test_table_alignment_can_be_chosen_and_may_be_empty():
+    assert text_table(["a", "b"], [["x", "y"], ["long", "longer"]], align="rl").splitlines() == [
+        "   a  b",
+        "----  ------",
+        "   x  y",
+        "long  longer",
+    ]
+    assert text_table(["a", "bc"], []).splitlines() == ["a  bc", "-  --"]
+
+
+def test_percentages_and_non_numbers_keep_their_columns():
+    lines = text_table(["x"], [["98%"], ["98.25%"], [math.nan], [None], ["1.5e-05"]]).splitlines()[2:]
+    assert [line.index(".") for line in lines if "." in line] == [3, 3]
+    assert lines[0].rstrip() == " 98%" and lines[2].strip() == "nan" and lines[3].strip() == "-"
+
+
+def test_a_table_too_wide_becomes_blocks():
+    table = text_table(["checkpoint", "top-1"], [["/runs/" + "x" * 100, 84.2], ["short", 1.0]])
+    assert table.splitlines() == [
+        "checkpoint  /runs/" + "x" * 100,
+        "top-1       84.2",
+        "",
+        "checkpoint  short",
+        "top-1       1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273600, "3d 04h")],
+)
+def test_human_duration(seconds, text):
+    assert human_duration(seconds) == text
+    assert human_duration(math.inf) == human_duration(math.nan) == "?"
+
+
+def test_progress_prints_plain_lines_off_a_terminal(tmp_path, capsys):
+    setup_logging(tmp_path)
+    progress = Progress(7, "epoch 3/310", log_every=3)
+    for step in range(7):
+        progress.update(1, loss=6.9 - step, lr=1.6e-3, images_per_s=1234.5)
+    progress.close()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split("  ETA ")[0] for line in lines] == [
+        "epoch 3/310  step 3/7  loss 4.9  lr 0.0016  images/s 1,234",
+        "epoch 3/310  step 6/7  loss 1.9  lr 0.0016  images/s 1,234",
+        "epoch 3/310  step 7/7  loss 0.9  lr 0.0016  images/s 1,234",
+    ]
+    assert lines[-1].endswith("ETA 0s")
+    assert err == ""
+    assert (tmp_path / "log.txt").read_text().count("epoch 3/310") == 3
+
+
+def test_progress_counts_steps_made_before_and_strides(capsys):
+    setup_logging(None)
+    progress = Progress(100, "train", log_every=10, done=45)
+    for n in (4, 4, 20, 27):
+        progress.update(n)
+    steps = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["53/100", "73/100", "100/100"]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_log_lines_do_not_break_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    setup_logging(None)
+    progress = Progress(4, "epoch 1/2")
+    progress.update(1, loss=6.5)
+    logging.getLogger("volo").info("a line")  # makes the bar draw itself again, with what it knows by now
+    progress.update(3, loss=5.25)
+    progress.close()
+    text = terminal.getvalue()
+    assert "epoch 1/2:" in text and "1/4" in text and "loss=6.5" in text
+    # The line starts where the bar has been wiped off, and no plain progress lines are mixed in.
+    assert text.split("a line")[0].endswith("\r")
+    assert "ETA" not in text
+
+
+def test_disabled_progress_says_nothing(capsys):
+    setup_logging(None)
+    progress = Progress(2, "train", enabled=False, log_every=1)
+    progress.update(2, loss=1.0)
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_main_process_logs_to_stdout_and_to_the_file(tmp_path, capsys):
+    setup_logging(tmp_path / "run")
+    logging.getLogger("volo").info("effective batch %d", 1024)
+    setup_logging(tmp_path / "run")  # a resumed run: nothing is printed twice, and the file grows
+    logging.getLogger("volo").warning("one image skipped")
+    assert capsys.readouterr().out.splitlines() == ["effective batch 1024", "one image skipped"]
+    first, second = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert first[:2] == "20" and first.endswith("INFO effective batch 1024")
+    assert second.endswith("WARNING one image skipped")
+
+
+def test_other_processes_print_warnings_with_their_rank(tmp_path, capsys):
+    setup_logging(tmp_path, main_process=False, rank=3)
+    logging.getLogger("volo").info("not shown")
+    logging.getLogger("volo").warning("slow disk")
+    assert capsys.readouterr().out == "[rank 3] slow disk\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,23 @@
+"""What a run tells its user: log lines, progress, tables, TensorBoard, metrics.csv and pictures.
+
+Names of metrics: ``train/loss``, ``train/loss_cls``, ``train/loss_dense``, ``train/lr``, ``train/grad_norm``,
+``train/images_per_s``, ``train/data_wait`` (share of the time, 0 to 1), and for both ``val`` (raw weights) and
+``val_ema`` (averaged weights) ``top1`` and ``top5`` in percent and ``loss``.
+
+TensorBoard and matplotlib are imported when they are first used: they take seconds, and many processes need none.
+"""
+
+from volo.reporting.curves import plot_curves
+from volo.reporting.files import MetricsWriter, read_metrics, write_results
+from volo.reporting.terminal import Progress, human_duration, setup_logging, text_table
+
+__all__ = [
+    "MetricsWriter",
+    "Progress",
+    "human_duration",
+    "plot_curves",
+    "read_metrics",
+    "setup_logging",
+    "text_table",
+    "write_results",
+]

@@ -1,0 +1,182 @@
+"""Numbers in files: metrics.csv with its TensorBoard twin, results.json and results.csv.
+
+A file is rewritten by way of a temporary one that takes its name at the end, so a stop at any moment leaves the
+old or the new file, never half of one.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+logger = logging.getLogger("volo")
+
+_KEYS = ("step", "epoch")
+
+
+class MetricsWriter:
+    """Writes the same scalars to ``metrics.csv`` and to TensorBoard events in the run folder.
+
+    A run folder that already has a metrics.csv is continued: rows are appended, and the order of its columns
+    stays. Call :meth:`truncate_after` first where the run goes on from an older step than the file's last.
+
+    Args:
+        run_dir: The run folder; made where it does not exist.
+        enabled: False makes every method do nothing, for the ranks that do not report.
+
+    Raises:
+        ValueError: The folder's metrics.csv was written by something else.
+    """
+
+    def __init__(self, run_dir: str | Path, enabled: bool = True):
+        self.path = Path(run_dir) / "metrics.csv"
+        self._enabled = enabled
+        self._board = None
+        self._purge_step: int | None = None
+        self._columns: list[str] = []
+        if not enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._columns, rows, torn = _parse(self.path)
+            if torn:
+                logger.warning("%s: its last line was not finished and is dropped: %r", self.path, torn)
+                self._rewrite(rows)
+
+    def scalars(self, step: int, epoch: float, **values: float) -> None:
+        """Write ``values`` (names may hold a slash: ``**{"train/loss": 6.9}``) as of ``step`` and ``epoch``.
+
+        Numbers keep their full precision in the CSV file and become float32 in TensorBoard.
+        """
+        if not self._enabled:
+            return
+        row = {"step": str(int(step)), "epoch": repr(float(epoch))}
+        row |= {name: repr(float(value)) for name, value in values.items()}
+        if not self._columns:
+            self._columns = list(row)
+            self._rewrite([row])
+        elif new := [name for name in row if name not in self._columns]:
+            _, rows, _ = _parse(self.path)
+            self._columns += new
+            self._rewrite([*rows, row])
+        else:
+            # One write of one line: what a kill can tear is at most this line, and a torn line is recognised.
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                file.write(_csv_lines(self._columns, [row]))
+        for name, value in values.items():
+            self._tensorboard().add_scalar(name, float(value), int(step))
+        self._tensorboard().flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget everything after ``step``, in the CSV file and in TensorBoard: the run goes on from there."""
+        if not self._enabled:
+            return
+        if self._columns:
+            _, rows, _ = _parse(self.path)
+            kept = [row for row in rows if int(row["step"]) <= step]
+            if len(kept) < len(rows):
+                logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), step)
+                self._rewrite(kept)
+        self.close()
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        write_atomic(self.path, _csv_lines(self._columns, rows, header=True))
+
+    def _tensorboard(self):
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # With purge_step, readers hide what earlier event files hold at that step and later.
+            self._board = SummaryWriter(str(self.path.parent), purge_step=self._purge_step)
+            self._purge_step = None
+        return self._board
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Return the rows of a metrics.csv: ``step`` an int, the rest floats; a row has only what was written in it.
+
+    An unfinished last line, which a run that is being written or was killed may have, is left out.
+
+    Raises:
+        ValueError: The file is not a metrics.csv, or a line in it is damaged.
+    """
+    _, rows, _ = _parse(Path(path))
+    return [{name: int(text) if name == "step" else float(text) for name, text in row.items()} for row in rows]
+
+
+def write_results(path_json: str | Path, path_csv: str | Path, rows: list[dict]) -> None:
+    """Write one record a row as JSON (a list of objects) and as CSV (columns in order of first appearance).
+
+    JSON has no NaN or infinity: there they become null; the CSV file keeps them. Lists and dictionaries in a row
+    stand in the CSV file as JSON.
+    """
+    write_atomic(Path(path_json), json.dumps(_without_non_finite(rows), indent=2, allow_nan=False) + "\n")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    flat = [{name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()} for row in rows]
+    write_atomic(Path(path_csv), _csv_lines(columns, flat, header=True))
+
+
+def _parse(path: Path) -> tuple[list[str], list[dict[str, str]], str]:
+    """Return columns, rows (empty cells left out) and the text of an unfinished last line."""
+    text = path.read_text(encoding="utf-8")
+    end = text.rfind("\n") + 1
+    reader = csv.reader(io.StringIO(text[:end]))
+    columns = next(reader, [])
+    if columns and tuple(columns[: len(_KEYS)]) != _KEYS:
+        raise ValueError(f"{path} is not a metrics.csv: its columns start {columns[:3]}, not step, epoch")
+    rows = []
+    for cells in reader:
+        row = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
+        if len(cells) != len(columns) or not row.keys() >= set(_KEYS) or not all(map(_is_number, row.values())):
+            raise ValueError(f"{path}, line {reader.line_num} is damaged: {cells}; repair or remove that line")
+        rows.append(row)
+    return columns, rows, text[end:]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _csv_lines(columns: list[str], rows: Iterable[dict], header: bool = False) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _without_non_finite(value):
+    if isinstance(value, dict):
+        return {name: _without_non_finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_without_non_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that ``path`` is at every moment the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
