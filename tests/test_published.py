@@ -19,6 +19,20 @@ PARAMS = {
     ("volo_d5", 448): 295_907_168,
     ("volo_d5", 512): 296_091_488,
 }
+# Paper, then timm's top-1/top-5 on ImageNet, ReaL and V2: written down apart from published.json.
+ACCURACIES = """
+volo_d1_224 84.2 84.148/96.772 88.898/98.023 74.10/92.05
+volo_d1_384 85.2 85.262/97.218 89.711/98.290 75.69/92.98
+volo_d2_224 85.2 85.204/97.186 89.329/98.207 75.47/92.47
+volo_d2_384 86.0 86.054/97.582 89.784/98.407 76.24/93.17
+volo_d3_224 85.4 85.440/97.274 89.589/98.371 75.69/92.95
+volo_d3_448 86.3 86.514/97.710 90.179/98.542 77.19/94.04
+volo_d4_224 85.7 85.868/97.464 89.799/98.422 76.13/93.08
+volo_d4_448 86.8 86.788/97.880 90.510/98.595 77.75/93.92
+volo_d5_224 86.1 86.076/97.574 89.876/98.490 76.60/93.36
+volo_d5_448 87.0 86.974/97.928 90.587/98.691 77.91/94.14
+volo_d5_512 87.1 87.068/97.970 90.633/98.702 78.12/94.22
+"""
 DATASETS = ("imagenet", "real", "v2-matched-frequency")
 
 
@@ -39,6 +53,13 @@ def test_parameters_and_crop_equal_timm():
 def test_official_crop_follows_the_model_alone():
     for row in all_published():
         assert row.official_crop_pct == (1.15 if row.name in ("volo_d4", "volo_d5") else 0.96), row.key
+
+
+def test_the_accuracies_digit_by_digit():
+    for row, line in zip(all_published(), ACCURACIES.split("\n")[1:-1], strict=True):
+        key, paper, *pairs = line.split()
+        assert (row.key, row.paper_top1) == (key, float(paper))
+        assert [tuple(map(float, pair.split("/"))) for pair in pairs] == [row.timm[d] for d in DATASETS], key
 
 
 def test_accuracies_are_plausible():
