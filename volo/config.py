@@ -250,9 +250,7 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optim.lr is {self.lr}; it is above 0")
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas: two numbers in [0, 1)"
-        )
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas: two numbers in [0, 1)")
         _require(self.clip_grad >= 0, f"optim.clip_grad is {self.clip_grad}; 0 (off) or more")
 
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env python
+"""Train a VOLO from a recipe: train.py --config configs/volo_d1_224.yaml --data.root /data/imagenet"""
+
+import sys
+
+from volo.cli import build_parser, parse
+
+if __name__ == "__main__":
+    parser = build_parser("train.py", "Train a VOLO from a recipe, on one process or under torchrun.")
+    config, _ = parse(parser, sys.argv[1:])
+
+    # What takes seconds to import comes after the options are known to be right.
+    from volo.program import finish
+    from volo.run import run_training
+
+    finish(lambda: run_training(config))

@@ -1,0 +1,163 @@
+"""Checkpoints that are whole or not there, and the newest valid one to go on from.
+
+What a checkpoint of ours holds (plain containers and tensors only, so it loads with ``weights_only``):
+    format, version          "volo", 1
+    arch, classes            registered model name; class names in index order
+    state_dict               the network
+    state_dict_ema           its average, where there is one
+    optimizer, scaler        their state
+    progress                 :class:`Progress`: position in the schedule and the best result so far
+    rng                      the seed; every draw of a run is a function of it and of the position
+    config                   the resolved config
+    epoch, metric            finished epochs and best top-1, under the names timm's tools look for
+    evaluated_weights        "raw" or "ema": which weights the metric belongs to
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from volo.models.weights import read_checkpoint
+
+_logger = logging.getLogger("volo")
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``epoch`` finished epochs and ``step`` optimizer steps into the next one."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    closed_epochs: int = 0  # finished epochs whose evaluation, where one was due, is done too
+    best_top1: float = -1.0
+    best_epoch: int = -1
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those written before are intact."""
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write ``state`` to ``path`` so that at any moment ``path`` is either the old file or the new one, whole.
+
+    Raises SaveError (a full disk, a lost mount); the half-written file is removed and the old one stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise SaveError(
+            f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
+            "written before are intact; make room and start again with train.resume auto"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is on disk only when its folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: ``last.pt``, ``best.pt`` and the ``keep`` newest ``step-*.pt``."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def save(self, state: dict, is_best: bool) -> None:
+        """Write ``state`` once; name it last, and best if it is; forget the oldest beyond ``keep``."""
+        path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
+        save_atomically(state, path)
+        self._name(path, self.last)
+        if is_best:
+            self._name(path, self.best)
+        for old in self._numbered()[self.keep :]:
+            old.unlink()
+
+    def _name(self, path: Path, name: Path) -> None:
+        """Give the file at ``path`` a second name, replacing what had it in one step."""
+        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            try:
+                shutil.copyfile(path, temporary)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
+        os.replace(temporary, name)
+        _sync_folder(self.folder)
+
+    def _numbered(self) -> list[Path]:
+        """Return the numbered checkpoints, newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def exists(self) -> bool:
+        return self.last.exists() or bool(self._numbered())
+
+    def newest_valid(self) -> tuple[Path, dict] | None:
+        """Return the newest checkpoint that can be read, reporting each that cannot; None in a fresh folder.
+
+        Raises ValueError where there are checkpoints and none can be read: a run never restarts by itself.
+        """
+        candidates = [path for path in [self.last, *self._numbered()] if path.exists()]
+        tried: list[Path] = []
+        for path in candidates:
+            if any(path.samefile(other) for other in tried):
+                continue
+            try:
+                return path, read_own_checkpoint(path)
+            except ValueError as error:
+                tried.append(path)
+                _logger.warning("%s is passed over: %s", path.name, error)
+        if tried:
+            raise ValueError(
+                f"none of the {len(tried)} checkpoints in {self.folder} can be read; to start again from nothing, "
+                "use another train.name"
+            )
+        return None
+
+
+def read_own_checkpoint(path: Path) -> dict:
+    """Return a checkpoint that this program wrote; ValueError where it is damaged or of another program."""
+    state = read_checkpoint(path)
+    missing = {"state_dict", "optimizer", "progress", "config"} - set(state)
+    if missing:
+        raise ValueError(
+            f"{path} is no checkpoint to resume from: it lacks {', '.join(sorted(missing))}. To start from its "
+            "weights, use model.checkpoint"
+        )
+    return state

@@ -1,0 +1,191 @@
+"""Every question about ranks. On one process the collectives do nothing.
+
+Host values (counts, flags, meters) travel over gloo on the CPU, so asking never waits for a GPU; gradients travel
+over NCCL on CUDA and gloo on the CPU.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is: ``rank`` of ``size``, and the ``device`` it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+class OtherRankFailed(Exception):
+    """Another process of the run failed and has said why."""
+
+
+def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
+    """Return the device for ``train.device``; ValueError where CUDA is asked for and not there."""
+    available = torch.cuda.is_available()
+    if choice == "cuda" and not available:
+        raise ValueError("train.device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu' or 'auto'")
+    if choice == "cpu" or not available:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"{local_rank + 1} or more processes were started on this machine, which has {count} CUDA devices; "
+            f"start at most {count} (torchrun --nproc_per_node={count})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def initialise(device_choice: str = "auto") -> World:
+    """Join the process group that torchrun describes in the environment; without one, be the only process.
+
+    Raises ValueError where the rendezvous fails (a port in use, say) or the device is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = resolve_device(device_choice, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return World(rank=0, size=1, local_rank=0, device=device)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes could not meet at {address}: {reason}. If the port is in use, set MASTER_PORT to a "
+            "free one, or on one machine start with torchrun --standalone, which picks one"
+        ) from error
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank, through the host so that no GPU is asked."""
+    sum_over_ranks([0.0])
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Return the sums of ``values`` over ranks, in float64 (exact for counts below 2**53)."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Return the largest of each of ``values`` over ranks."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def min_over_ranks(values: list[float]) -> list[float]:
+    """Return the smallest of each of ``values`` over ranks."""
+    return _reduce(values, dist.ReduceOp.MIN)
+
+
+def _reduce(values: list[float], op) -> list[float]:
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def gather_lists(items: list) -> list:
+    """Return the concatenation of every rank's ``items`` in rank order, on every rank."""
+    if not dist.is_initialized():
+        return list(items)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def broadcast_object(value):
+    """Return rank 0's ``value`` on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(action: Callable, share: Callable = lambda result: result):
+    """Run ``action`` on rank 0 alone; return its result there and ``share(result)`` on the others.
+
+    What ``action`` raises is raised on rank 0; the others raise OtherRankFailed.
+    """
+    if not dist.is_initialized():
+        return action()
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except Exception as caught:  # the other ranks must hear of it before it goes on up
+            error = caught
+    failed, shared = broadcast_object((error is not None, None if error else share(result)))
+    if error is not None:
+        raise error
+    if failed:
+        raise OtherRankFailed
+    return result if dist.get_rank() == 0 else shared
+
+
+@torch.no_grad()
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers: the BatchNorm statistics that evaluation reads and checkpoints keep."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class StopVote:
+    """Agreement of all ranks on the step after which to stop.
+
+    Signals reach ranks at different moments, and a rank that stops alone leaves the others waiting for its
+    gradients. Each step starts a reduction of everybody's wish in the background and reads that of the step
+    before, so the vote costs no waiting, and every rank sees the same answer after the same step.
+    """
+
+    def __init__(self):
+        self._pending = None
+        self._flag = None
+
+    def __call__(self, wish: bool) -> bool:
+        """Cast ``wish``; return whether any rank wished to stop in the vote before (on one process: ``wish``)."""
+        if not dist.is_initialized():
+            return wish
+        decision = False
+        if self._pending is not None:
+            self._pending.wait()
+            decision = bool(self._flag.item())
+        self._flag = torch.tensor([1.0 if wish else 0.0])
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
+        return decision
+
+    def finish(self, wish: bool) -> bool:
+        """Wait for the vote under way, then take and return one last vote that counts everybody's ``wish`` now."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return bool(max_over_ranks([float(wish)])[0])

@@ -1,0 +1,96 @@
+"""Optimizer, learning rate and weight average."""
+
+import logging
+import math
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from volo.config import EmaConfig, OptimConfig, ScheduleConfig
+
+_logger = logging.getLogger("volo")
+
+# Names of create_optimizer_v2 that give torch.optim classes with a fused implementation.
+_FUSED_IN_TORCH = ("adamw", "adam", "sgd")
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of ``model``; weight decay leaves out biases, 1-D tensors and ``no_weight_decay()``.
+
+    Raises ValueError for an unknown name, or where Apex is asked for and NVIDIA's is not installed.
+    """
+    if config.implementation == "apex":
+        if config.name != "adamw":
+            raise ValueError(
+                f"optim.implementation 'apex' is FusedAdam in AdamW mode; optim.name is '{config.name}'. "
+                "Use optim.name adamw, or optim.implementation torch"
+            )
+        factory_args = {"opt": fused_adam}
+    else:
+        factory_args = {"opt": config.name}
+        if config.name in _FUSED_IN_TORCH:
+            factory_args["fused"] = True
+    if config.name != "sgd":
+        factory_args |= {"betas": tuple(config.betas), "eps": config.eps}
+    try:
+        optimizer = create_optimizer_v2(
+            model, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True, **factory_args
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"optim.name '{config.name}': {error}") from error
+    _logger.info(describe_groups(optimizer))
+    return optimizer
+
+
+def fused_adam(parameters, **kwargs) -> torch.optim.Optimizer:
+    """Return NVIDIA Apex's FusedAdam in AdamW mode; ValueError where that Apex is not installed."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ValueError(
+            f"optim.implementation is 'apex', but NVIDIA Apex's FusedAdam cannot be imported ({error}). Build "
+            "Apex from NVIDIA's source (README; the PyPI package of that name is something else), or use "
+            "optim.implementation torch: torch's fused AdamW does the same arithmetic"
+        ) from error
+    return FusedAdam(parameters, adam_w_mode=True, **kwargs)
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """Return one line that counts the tensors and parameters with and without weight decay."""
+    parts = []
+    for decayed in (True, False):
+        tensors = [p for g in optimizer.param_groups if bool(g["weight_decay"]) == decayed for p in g["params"]]
+        word = "with" if decayed else "without"
+        parts.append(f"{len(tensors)} tensors ({sum(p.numel() for p in tensors):,} parameters) {word} weight decay")
+    return "optimizer: " + ", ".join(parts)
+
+
+def learning_rate(config: ScheduleConfig, lr: float, epoch: float) -> float:
+    """Return the learning rate at ``epoch`` (from 0; fractional in per-step mode), peaking towards ``lr``.
+
+    Linear warmup from ``warmup_lr``; then the cosine as if it had run from epoch 0, so nothing is shifted by the
+    warmup; ``min_lr`` from ``epochs`` on. A pure function: resuming needs no scheduler state.
+    """
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr + (lr - config.warmup_lr) * epoch / config.warmup_epochs
+    if epoch >= config.epochs:
+        return config.min_lr
+    return config.min_lr + 0.5 * (lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def create_ema(model: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:
+    """Return the average of ``model``, or None where it is off.
+
+    To be called when all ranks hold the same weights; earlier, ranks would evaluate different averages.
+    """
+    if not config.enabled:
+        return None
+    return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)

@@ -1,0 +1,61 @@
+"""Numeric precision of a run: autocast, gradient scaling, and Apex's O1 where an Apex has it."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A resolved choice of ``train.precision`` on one device."""
+
+    name: str
+    device_type: str
+
+    @classmethod
+    def resolve(cls, choice: str, device: torch.device) -> "Precision":
+        """Resolve "auto" (bf16 on CUDA, fp32 on the CPU); ValueError where the device cannot do the choice."""
+        if choice == "auto":
+            choice = "bf16" if device.type == "cuda" else "fp32"
+        if choice == "apex_o1":
+            require_apex_amp()
+        if choice == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("train.precision is 'bf16', which this GPU does not compute in; use fp16 or fp32")
+        return cls(choice, device.type)
+
+    def autocast(self):
+        """Return the context of a forward."""
+        if self.name in ("fp32", "apex_o1"):  # Apex patches the operators itself
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=DTYPES[self.name])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return the loss scaler, which does nothing except in fp16."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def require_apex_amp():
+    """Return ``apex.amp``; ValueError where NVIDIA's Apex is absent or too new to have it."""
+    try:
+        from apex import amp
+    except ImportError as error:
+        raise ValueError(
+            f"train.precision is 'apex_o1', but apex.amp cannot be imported ({error}): NVIDIA Apex is absent, or "
+            "too new (its amp was removed in favour of torch's). train.precision fp16 does the same with torch's own "
+            "autocast and gradient scaler; bf16 needs no scaler at all"
+        ) from error
+    if not hasattr(amp, "initialize"):
+        raise ValueError(
+            "train.precision is 'apex_o1', but the installed package 'apex' has no amp.initialize: it is not "
+            "NVIDIA's, or too new. train.precision fp16 does the same with torch's own autocast and scaler"
+        )
+    return amp
+
+
+def apex_initialise(model: nn.Module, optimizer: torch.optim.Optimizer):
+    """Return model and optimizer patched by ``apex.amp`` at level O1 (the published runs' precision)."""
+    return require_apex_amp().initialize(model, optimizer, opt_level="O1")

@@ -1,0 +1,225 @@
+"""What is settled before the first step: the batch over the processes, the images, the run folder.
+
+Everything here that is wrong is the user's to mend and ends with exit code 2, before any work.
+"""
+
+import logging
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from volo.checkpoint import CheckpointFolder, read_own_checkpoint
+from volo.cli import config_to_dict, save_config
+from volo.config import Config, DataConfig
+from volo.data.augment import EvalTransform, TrainTransform
+from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from volo.data.records import ImageRecords, class_names, scan_class_folders, scan_flat, split_folder
+from volo.distributed import World
+
+_logger = logging.getLogger("volo")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the global batch is spread: every process takes ``micro_batches`` passes of ``micro_size`` images."""
+
+    global_size: int
+    world_size: int
+    micro_batches: int
+    micro_size: int
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> "BatchPlan":
+        """Plan ``train.batch_size`` over ``world_size`` processes; ValueError where it does not divide."""
+        total, most = config.train.batch_size, config.train.device_batch_size
+        if total < world_size:
+            raise ValueError(
+                f"train.batch_size is {total}, over {world_size} processes: less than one image each. Start at most "
+                f"{total} processes or raise train.batch_size to {world_size} or more"
+            )
+        if total % world_size:
+            lower = total // world_size * world_size
+            raise ValueError(
+                f"train.batch_size {total} does not divide over {world_size} processes; the nearest that do are "
+                f"{lower} and {lower + world_size}"
+            )
+        share = total // world_size
+        passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+        plan = cls(total, world_size, passes, share // passes)
+        if config.mix.mixes_images and plan.micro_size % 2:
+            raise ValueError(
+                f"MixUp and CutMix pair the images of a batch, and train.batch_size {total} over {world_size} "
+                f"processes gives passes of {plan.micro_size} images, an odd number; choose a batch that is a "
+                f"multiple of {2 * world_size}, and an even train.device_batch_size"
+            )
+        return plan
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The training images, the validation images (None where there is nothing to evaluate), the classes."""
+
+    train: ImageRecords
+    val: ImageRecords | None
+    classes: tuple[str, ...]
+
+
+def load_splits(config: Config) -> Splits:
+    """List the images of ``data.root``; ValueError names what is missing and what to do."""
+    data = config.data
+    train_dir = split_folder(data.root, data.train_split, "data.train_split")
+    classes = class_names(data.class_list, train_dir)
+    require_classes(classes, config)
+    train = scan_class_folders(train_dir, classes)
+    val = None if data.val_split == "none" else load_val(data, classes)
+    return Splits(train, val, classes)
+
+
+def require_classes(classes: tuple[str, ...], config: Config) -> None:
+    """Raise ValueError where the number of classes is not the network's."""
+    if len(classes) != config.model.num_classes:
+        raise ValueError(
+            f"data.class_list '{config.data.class_list}' gives {len(classes)} classes, and model.num_classes is "
+            f"{config.model.num_classes}: set --model.num_classes {len(classes)}"
+        )
+
+
+def load_val(data: DataConfig, classes: tuple[str, ...]) -> ImageRecords:
+    """List the validation images: class folders, or a flat folder with ``data.val_labels``."""
+    directory = split_folder(data.root, data.val_split, 'data.val_split ("none" evaluates nothing)')
+    if data.val_labels is not None:
+        return scan_flat(directory, data.val_labels, classes)
+    return scan_class_folders(directory, classes)
+
+
+def make_train_loader(config: Config, records: ImageRecords, world: World, plan: BatchPlan) -> TrainLoader:
+    """Return this rank's training batches."""
+    return train_loader(
+        records,
+        TrainTransform(config.augment, config.model.image_hw),
+        seed=config.train.seed,
+        global_batch=plan.global_size,
+        world_size=world.size,
+        rank=world.rank,
+        micro_batches=plan.micro_batches,
+        workers=config.data.workers,
+        on_error=config.data.on_error,
+        exif=config.data.exif,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def make_eval_loader(config: Config, records: ImageRecords, world: World) -> EvalLoader:
+    """Return this rank's share of an evaluation."""
+    return eval_loader(
+        records,
+        EvalTransform(config.model.image_hw, config.eval.crop_pct, config.eval.interpolation),
+        batch_size=config.eval.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        on_error=config.data.on_error,
+        exif=config.data.exif,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def default_name(config: Config) -> str:
+    height, width = config.model.image_hw
+    return f"{config.model.name}_{height}" + ("" if height == width else f"x{width}")
+
+
+class RunFolder:
+    """The folder of one run: config.yaml, log.txt, metrics.csv, TensorBoard events, checkpoints, curves.png."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.train.output) / (config.train.name or default_name(config))
+        self.checkpoints = CheckpointFolder(self.path, config.train.keep_checkpoints)
+        self.curves = self.path / "curves.png"
+        self.metrics = self.path / "metrics.csv"
+
+    def create(self) -> None:
+        """Make the folder; ValueError where it cannot be written to."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"run folder {self.path} cannot be written to ({error}); set train.output") from error
+
+    def find_checkpoint(self, config: Config) -> tuple[Path, dict] | None:
+        """Return the checkpoint to go on from, by ``train.resume``; None for a fresh start.
+
+        Raises ValueError where the folder holds a finished run, or one that must not be touched.
+        """
+        if config.train.resume not in ("auto", "never"):
+            path = Path(config.train.resume)
+            found = path, read_own_checkpoint(path)
+        elif config.train.resume == "never":
+            if self.checkpoints.exists():
+                raise ValueError(
+                    f"run folder {self.path} already holds checkpoints, and train.resume is 'never': choose another "
+                    "train.name, or train.resume auto to go on"
+                )
+            return None
+        else:
+            found = self.checkpoints.newest_valid()
+            if found is None:
+                return None
+        path, state = found
+        done, total = state["progress"]["epoch"], config.schedule.total_epochs
+        if done >= total and state["progress"]["closed_epochs"] >= done:
+            raise ValueError(
+                f"run folder {self.path} already holds a finished run ({done} of {total} epochs, best top-1 "
+                f"{state['progress']['best_top1']:.2f} %); nothing was changed. Choose another train.name for a new "
+                "run, or evaluate it: validate.py --checkpoint " + str(self.checkpoints.best)
+            )
+        check_same_run(state["config"], config)
+        return found
+
+    def write_config(self, config: Config) -> None:
+        save_config(config, self.path / "config.yaml")
+
+
+# Changing these in the middle of a run would make it neither the old run nor a new one.
+_FIXED_IN_A_RUN = (
+    *(("model", name) for name in ("name", "img_size", "num_classes")),
+    *(("train", name) for name in ("batch_size", "seed")),
+    ("optim", "name"),
+    ("ema", "enabled"),
+)
+
+
+def check_same_run(saved: dict, config: Config) -> None:
+    """Report every option that differs from the checkpoint's; ValueError where it may not differ."""
+    now = config_to_dict(config)
+    forbidden = []
+    for section, options in now.items():
+        for name, value in options.items():
+            old = saved.get(section, {}).get(name)
+            if old == value:
+                continue
+            if (section, name) in _FIXED_IN_A_RUN:
+                forbidden.append(f"{section}.{name} was {old} and is now {value}")
+            elif (section, name) not in (("train", "resume"), ("train", "output"), ("train", "name")):
+                _logger.warning("resuming with a change: %s.%s was %s and is now %s", section, name, old, value)
+    if forbidden:
+        raise ValueError(
+            "the checkpoint is of a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
+            "another train.name for a new run"
+        )
+
+
+def git_revision() -> str:
+    """Return the revision of this code, with "+changes" where the working tree differs; "unknown" outside git."""
+    here = Path(__file__).parent
+    try:
+        revision = _git(here, "rev-parse", "--short=12", "HEAD")
+        return revision + ("+changes" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()

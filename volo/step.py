@@ -1,0 +1,147 @@
+"""One optimizer step: the network with all that changes its weights.
+
+B images of one pass, C classes. Every pass of a step is a chunk of the global batch; chunk k = pass * processes +
+rank, and all that is drawn for it is keyed by (seed, epoch, step, k), so that one process with two passes draws
+what two processes with one pass draw.
+"""
+
+import contextlib
+import logging
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from volo.config import Config, ModelConfig
+from volo.data.dataset import Batch
+from volo.data.device import normalise_and_erase
+from volo.data.mixing import apply_mix, draw_mix, draw_mix_token_box, mix_targets, soft_targets
+from volo.distributed import World
+from volo.losses import LossTerms, TokenLabelLoss
+from volo.models import create_model, load_checkpoint
+from volo.optim import create_ema, create_optimizer, set_learning_rate
+from volo.precision import Precision, apex_initialise, require_apex_amp
+from volo.prepare import BatchPlan
+from volo.rng import generator, torch_seed
+
+_logger = logging.getLogger("volo")
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """Return the network of ``config`` with fresh weights; ValueError names an option that does not fit."""
+    return create_model(
+        config.name,
+        img_size=config.image_hw,
+        num_classes=config.num_classes,
+        drop_path_rate=config.drop_path_rate,
+        **config.architecture,
+    )
+
+
+class Learner:
+    """Network, loss, optimizer, gradient scaler and weight average of one process."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, state: dict | None):
+        """Build everything; with ``state``, a checkpoint of this run, go on from there."""
+        self.config, self.world, self.plan = config, world, plan
+        self.precision = Precision.resolve(config.train.precision, world.device)
+        self.model = self._make_model(state)
+        self.grid = self.model.grid_size
+        self.loss = TokenLabelLoss(config.loss.dense_weight, config.loss.cls_weight)
+        self.optimizer = create_optimizer(self.model, config.optim)
+        self.scaler = self.precision.scaler()
+        if self.precision.name == "apex_o1":
+            self.model, self.optimizer = apex_initialise(self.model, self.optimizer)
+        if config.train.compile:
+            self.model.compile()
+        self.wrapped = self._distribute(self.model)
+        # After every rank got rank 0's weights; before, the ranks would average different ones.
+        self.ema = create_ema(self.model, config.ema)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["state_dict_ema"])
+
+    def _make_model(self, state: dict | None) -> nn.Module:
+        config = self.config
+        torch.manual_seed(torch_seed(config.train.seed, "initialise"))
+        model = build_model(config.model)
+        if state is not None:
+            model.load_state_dict(state["state_dict"])
+        elif config.model.checkpoint:
+            _logger.info("%s", load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema))
+        if config.train.sync_bn and self.world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
+        return model.to(self.world.device, memory_format=memory_format)
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return model
+        # Before each step rank 0's BatchNorm statistics go to every rank, so that a run which goes on from rank 0's
+        # checkpoint is the same run.
+        devices = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
+        """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
+        config, device = self.config, self.world.device
+        position = (epoch, step, micro * self.world.size + self.world.rank)
+        last = micro == self.plan.micro_batches - 1
+
+        images, labels = normalise_and_erase(
+            batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
+        )  # [B, 3, H, W], [B]
+        targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
+        rng = generator(config.train.seed, "mix", *position)
+        mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
+        if mix is not None:
+            images, targets = apply_mix(images, mix), mix_targets(targets, mix)
+        mix_box = None
+        if config.mix.mix_token:
+            mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
+
+        torch.manual_seed(torch_seed(config.train.seed, "forward", *position))  # dropout and drop path
+        # Gradients travel between processes once a step, with the last pass.
+        with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+            with self.precision.autocast():
+                output = self.wrapped(images, mix_box)
+            terms = self.loss.terms(output, targets, mix_box)
+            self._backward(terms.total / self.plan.micro_batches)
+        return terms
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.precision.name == "apex_o1":
+            with require_apex_amp().scale_loss(loss, self.optimizer) as scaled:
+                scaled.backward()
+        else:
+            self.scaler.scale(loss).backward()
+
+    def update(self, lr: float, global_step: int) -> torch.Tensor:
+        """Step the optimizer at ``lr``, then the average; return the gradient norm before clipping."""
+        config = self.config.optim
+        set_learning_rate(self.optimizer, lr)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if config.clip_grad > 0:
+            dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=global_step if self.config.ema.warmup else None)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps of it."""
+        state = {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        return state
