@@ -46,7 +46,8 @@ class Trainer:
         self.failures: list[str] = []
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)
-        self.writer.truncate_after(self.progress.global_step)
+        # A run that was killed before its first checkpoint starts over, and so do its records.
+        self.writer.truncate_after(self.progress.global_step if state is not None else -1)
         self.window = Window(world.device)
         self.stop = StopRequest()
         self.stop_vote = distributed.StopVote()
