@@ -1,0 +1,124 @@
+"""Where in an image the network looks: the random resized crop and the random shift, drawn and applied.
+
+H, W are the height and width of the image or of the output. A draw says everything that is to happen; applying it
+draws nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """A box of the image, in pixels from its top left corner, resized to the output."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    resample: Image.Resampling
+
+    def apply(self, image: Image.Image, out_hw: tuple[int, int]) -> Image.Image:
+        box = (self.left, self.top, self.left + self.width, self.top + self.height)
+        return image.crop(box).resize((out_hw[1], out_hw[0]), self.resample)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The whole image at the output size, moved; what is uncovered is black.
+
+    Args:
+        top: Row of the resized image that becomes the first row of the output; negative moves down.
+        left: Column of the resized image that becomes the first column; negative moves right.
+    """
+
+    top: int
+    left: int
+
+    def apply(self, image: Image.Image, out_hw: tuple[int, int]) -> Image.Image:
+        height, width = out_hw
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        # Pillow fills with black where a crop box leaves the image.
+        return image.crop((self.left, self.top, self.left + width, self.top + height))
+
+
+def draw_resized_crop(
+    rng: np.random.Generator,
+    image_hw: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    resamples: tuple[Image.Resampling, ...],
+) -> ResizedCrop:
+    """Draw a box of random area and aspect ratio, by the algorithm of torchvision's and timm's crop.
+
+    Ten boxes are tried; where none fits, the largest centred box of an allowed aspect ratio is taken.
+
+    Args:
+        rng: Source of the draws.
+        image_hw: Size of the image.
+        scale: Smallest and largest area of the box, over the area of the image.
+        ratio: Smallest and largest width over height; drawn log-uniformly.
+        resamples: One of these is drawn.
+    """
+    height, width = image_hw
+    resample = resamples[rng.integers(len(resamples))]
+    for _ in range(_TRIES):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width = round(math.sqrt(area * aspect))
+        box_height = round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return ResizedCrop(top, left, box_height, box_width, resample)
+
+    box_width = min(width, max(1, round(height * ratio[1])))
+    box_height = min(height, max(1, round(width / ratio[0])))
+    return ResizedCrop((height - box_height) // 2, (width - box_width) // 2, box_height, box_width, resample)
+
+
+def draw_shift(rng: np.random.Generator, pixels: int) -> Shift:
+    """Draw a move of up to ``pixels`` in each of the four directions, uniform over whole pixels."""
+    top, left = rng.integers(-pixels, pixels + 1, size=2)
+    return Shift(int(top), int(left))
+
+
+def draw_erase_box(
+    rng: np.random.Generator,
+    image_hw: tuple[int, int],
+    prob: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> tuple[int, int, int, int]:
+    """Draw the box (top, left, bottom, right) of random erasing (arXiv 1708.04896); all zeros for none.
+
+    The algorithm and its ranges are timm's: ten boxes are tried, and one as long as a side of the image is not
+    taken.
+
+    Args:
+        rng: Source of the draws.
+        image_hw: Size of the image that the box is for.
+        prob: Probability of a box.
+        area: Smallest and largest area over that of the image.
+        aspect: Smallest and largest height over width; drawn log-uniformly.
+    """
+    none = (0, 0, 0, 0)
+    if rng.random() >= prob:
+        return none
+    height, width = image_hw
+    for _ in range(_TRIES):
+        target = height * width * rng.uniform(*area)
+        shape = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        box_height = round(math.sqrt(target * shape))
+        box_width = round(math.sqrt(target / shape))
+        if box_height < height and box_width < width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return (top, left, top + box_height, left + box_width) if box_height * box_width else none
+    return none

@@ -1,0 +1,151 @@
+"""RandAugment (arXiv 1909.13719) as timm does it, with every draw explicit.
+
+Which operations there are and what they do to pixels comes from timm's tables. Which of them an image gets, and
+with what argument, sign and resampling, is drawn here from the generator passed in, because timm draws from the
+global state of ``random`` and ``numpy.random``. A drawn :class:`Op` holds nothing left to chance.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from timm.data import auto_augment as timm_ops
+
+_LEVELS = 10.0  # timm's magnitudes run from 0 to 10
+_OPTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of timm's table with its arguments.
+
+    Args:
+        name: Key of timm's table of operations.
+        args: What the operation takes beside the image: degrees, a factor, a threshold ... or nothing.
+        resample: Resampling of a geometric operation; None for an operation on colours.
+    """
+
+    name: str
+    args: tuple[float, ...] = ()
+    resample: Image.Resampling | None = None
+
+    def apply(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+        """Return the changed image; ``fill`` is the colour of what a geometric operation uncovers."""
+        if self.name.startswith("Posterize") and self.args[0] <= 0:
+            # No bit kept is black. Pillow used to say so too; now it refuses to keep 0 bits.
+            return Image.new(image.mode, image.size)
+        geometric = {} if self.resample is None else {"resample": self.resample, "fillcolor": fill}
+        return timm_ops.NAME_TO_OP[self.name](image, *self.args, **geometric)
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """How operations are drawn.
+
+    Args:
+        names: The operations, equally likely, drawn with replacement.
+        magnitude: Mean magnitude, of 10.
+        magnitude_std: Standard deviation of the magnitude; infinity draws it uniformly from 0 to ``magnitude``.
+        magnitude_max: Magnitudes are clipped to [0, this].
+        num_ops: Operations drawn for an image.
+        prob: Probability that a drawn operation is applied.
+    """
+
+    names: tuple[str, ...]
+    magnitude: float
+    magnitude_std: float
+    magnitude_max: float
+    num_ops: int
+    prob: float
+
+    def draw(self, rng: np.random.Generator, resamples: tuple[Image.Resampling, ...]) -> tuple[Op, ...]:
+        """Draw the operations of one image, in order; those not applied are left out."""
+        return tuple(
+            self._draw_op(rng, self.names[choice], resamples)
+            for choice in rng.integers(len(self.names), size=self.num_ops)
+            if rng.random() < self.prob
+        )
+
+    def _draw_op(self, rng: np.random.Generator, name: str, resamples: tuple[Image.Resampling, ...]) -> Op:
+        if np.isinf(self.magnitude_std):
+            magnitude = rng.uniform(0, self.magnitude)
+        else:
+            magnitude = rng.normal(self.magnitude, self.magnitude_std)
+        magnitude = min(max(magnitude, 0.0), self.magnitude_max)
+        sign = 1 if rng.random() < 0.5 else -1
+        resample = resamples[rng.integers(len(resamples))]
+        argument = _ARGUMENT[name]
+        args = () if argument is None else (argument(magnitude / _LEVELS, sign),)
+        return Op(name, args, resample if name in _GEOMETRIC else None)
+
+
+def parse_rand_augment(text: str) -> RandAugment | None:
+    """Read timm's notation, such as 'rand-m9-mstd0.5-inc1'; None for 'none'.
+
+    After 'rand', in any order and each at most once: m (magnitude, 10), n (operations an image, 2), p (probability
+    of each, 0.5), mstd (standard deviation of the magnitude, 0; above 100 the magnitude is uniform from 0 to m),
+    mmax (largest magnitude, 10), inc (1: the operations that get stronger with the magnitude; 0: the original
+    ones).
+
+    Raises:
+        ValueError: Anything else. timm lets some misspellings pass without effect.
+    """
+    if text == "none":
+        return None
+    variant, *sections = text.split("-")
+    values: dict[str, float] = {}
+    for section in sections:
+        match = _OPTION.fullmatch(section)
+        if match is None or match[1] in values or (match[1] in ("m", "n", "mmax", "inc") and "." in match[2]):
+            raise _refused(text, f"{section!r} is not understood, or given twice")
+        values[match[1]] = float(match[2])
+    if variant != "rand":
+        raise _refused(text, "it begins with 'rand'")
+    if values.get("inc", 0) not in (0, 1):
+        raise _refused(text, "inc is 0 or 1")
+    if values.get("n", 2) < 1 or values.get("p", 0.5) > 1 or values.get("mmax", _LEVELS) < 1:
+        raise _refused(text, "n and mmax are at least 1, p is at most 1")
+
+    std = values.get("mstd", 0.0)
+    names = timm_ops._RAND_INCREASING_TRANSFORMS if values.get("inc") else timm_ops._RAND_TRANSFORMS
+    assert set(names) <= set(_ARGUMENT), "this timm has operations that are not known here"
+    return RandAugment(
+        names=tuple(names),
+        magnitude=values.get("m", _LEVELS),
+        magnitude_std=float("inf") if std > 100 else std,
+        magnitude_max=values.get("mmax", _LEVELS),
+        num_ops=int(values.get("n", 2)),
+        prob=values.get("p", 0.5),
+    )
+
+
+def _refused(text: str, reason: str) -> ValueError:
+    return ValueError(
+        f"augment.rand_augment is {text!r}: {reason}; give 'none' or timm's notation with m, n, p, mstd, mmax and "
+        "inc, such as 'rand-m9-mstd0.5-inc1'"
+    )
+
+
+# The argument of each operation at level = magnitude / 10, with the drawn sign where it has one.
+_ARGUMENT: dict[str, Callable[[float, int], float] | None] = {
+    "AutoContrast": None,
+    "Equalize": None,
+    "Invert": None,
+    "Rotate": lambda level, sign: sign * level * 30,  # degrees
+    "ShearX": lambda level, sign: sign * level * 0.3,
+    "ShearY": lambda level, sign: sign * level * 0.3,
+    "TranslateXRel": lambda level, sign: sign * level * 0.45,  # of the width
+    "TranslateYRel": lambda level, sign: sign * level * 0.45,  # of the height
+    "Posterize": lambda level, sign: int(level * 4),  # bits kept
+    "PosterizeIncreasing": lambda level, sign: 4 - int(level * 4),
+    "Solarize": lambda level, sign: min(256, int(level * 256)),  # values from here on are inverted
+    "SolarizeIncreasing": lambda level, sign: 256 - min(256, int(level * 256)),
+    "SolarizeAdd": lambda level, sign: min(128, int(level * 110)),  # added to values below 128
+}
+for _name in ("Color", "Contrast", "Brightness", "Sharpness"):
+    _ARGUMENT[_name] = lambda level, sign: level * 1.8 + 0.1  # 1 leaves the image as it is
+    _ARGUMENT[_name + "Increasing"] = lambda level, sign: max(0.1, 1.0 + sign * level * 0.9)
+
+_GEOMETRIC = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
