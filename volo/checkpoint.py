@@ -45,7 +45,11 @@ class Progress:
             setattr(self, name, value)
 
 
-class SaveError(Exception):
+class CheckpointError(Exception):
+    """A checkpoint could not be read or written; no option is wrong, a file or the disk is."""
+
+
+class SaveError(CheckpointError):
     """A checkpoint could not be written; those written before are intact."""
 
 
@@ -54,7 +58,7 @@ def save_atomically(state: dict, path: Path) -> None:
 
     Raises SaveError (a full disk, a lost mount); the half-written file is removed and the old one stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path.parent)
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -70,6 +74,11 @@ def save_atomically(state: dict, path: Path) -> None:
             f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
             "written before are intact; make room and start again with train.resume auto"
         ) from error
+
+
+def _temporary(folder: Path) -> Path:
+    """Return the one name that half-written files of ``folder`` have: what a killed run left, the next replaces."""
+    return folder / ".checkpoint.tmp"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -108,7 +117,7 @@ class CheckpointFolder:
 
     def _name(self, path: Path, name: Path) -> None:
         """Give the file at ``path`` a second name, replacing what had it in one step."""
-        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        temporary = _temporary(self.folder)
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
@@ -131,29 +140,41 @@ class CheckpointFolder:
     def newest_valid(self) -> tuple[Path, dict] | None:
         """Return the newest checkpoint that can be read, reporting each that cannot; None in a fresh folder.
 
-        Raises ValueError where there are checkpoints and none can be read: a run never restarts by itself.
+        Raises CheckpointError where there are checkpoints and none can be read: a run never restarts by itself.
         """
-        candidates = [path for path in [self.last, *self._numbered()] if path.exists()]
+        candidates = self._numbered()
+        if self.last.exists():
+            # A run killed between writing a checkpoint and naming it last has a newer one than last.pt.
+            same = [i for i, path in enumerate(candidates) if path.samefile(self.last)]
+            candidates.insert(same[0] if same else 0, self.last)
         tried: list[Path] = []
         for path in candidates:
             if any(path.samefile(other) for other in tried):
                 continue
             try:
                 return path, read_own_checkpoint(path)
-            except ValueError as error:
+            except (CheckpointError, ValueError) as error:
                 tried.append(path)
                 _logger.warning("%s is passed over: %s", path.name, error)
         if tried:
-            raise ValueError(
-                f"none of the {len(tried)} checkpoints in {self.folder} can be read; to start again from nothing, "
-                "use another train.name"
+            raise CheckpointError(
+                f"none of the checkpoints in {self.folder} can be read ({len(tried)} tried, the reasons stand above); "
+                "nothing was changed. To start again from nothing, use another train.name"
             )
         return None
 
 
 def read_own_checkpoint(path: Path) -> dict:
-    """Return a checkpoint that this program wrote; ValueError where it is damaged or of another program."""
-    state = read_checkpoint(path)
+    """Return a checkpoint that this program wrote.
+
+    Raises CheckpointError where it is damaged, ValueError where it is not there or of another program.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     missing = {"state_dict", "optimizer", "progress", "config"} - set(state)
     if missing:
         raise ValueError(
