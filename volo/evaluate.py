@@ -6,7 +6,7 @@ and the integer counts are summed at the end. C is the number of classes.
 
 import json
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from volo import distributed
 from volo.data.dataset import Batch
+from volo.data.decode import UnreadableImage
 from volo.data.device import normalise_and_erase
 from volo.data.records import ImageRecords
 
@@ -105,7 +106,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Return the exact accuracy of ``model`` on this rank's ``batches``, summed over all ranks.
 
-    Returns None, on every rank, where ``should_stop`` turned true on any rank on the way.
+    Returns None, on every rank, where ``should_stop`` turned true on any rank on the way. Raises UnreadableImage, on
+    every rank, where a rank's ``batches`` raise it.
 
     Args:
         model: Gives logits [B, C] in evaluation mode; its training mode is restored afterwards.
@@ -124,7 +126,8 @@ def evaluate(
     skipped: list[str] = []
     notes: dict[str, int] = {}
     stopped = False
-    for batch in batches:
+    unreadable: list[str] = []
+    for batch in _up_to_unreadable(batches, unreadable):
         if stopped := should_stop():
             break
         skipped += batch.failures
@@ -146,6 +149,8 @@ def evaluate(
             _count_real(real_counts, real, batch.indices.tolist(), ranked.tolist())
         on_batch(len(labels))
     model.train(was_training)
+    if everyone_unreadable := distributed.gather_lists(unreadable):
+        raise UnreadableImage(everyone_unreadable[0])
     if distributed.max_over_ranks([float(stopped)])[0]:
         return None
 
@@ -157,6 +162,14 @@ def evaluate(
     real_counts.loss_sum = float("nan")  # ReaL has no single label to take a loss on
     real_accuracy = real_counts.reduce(everyone_skipped) if real is not None else None
     return Evaluation(labels_accuracy, real_accuracy, all_notes)
+
+
+def _up_to_unreadable(batches: Iterable[Batch], reasons: list[str]) -> Iterator[Batch]:
+    """Yield ``batches`` up to one that cannot be read, and put the reason into ``reasons``."""
+    try:
+        yield from batches
+    except UnreadableImage as error:  # the other ranks are to hear of it before this one goes
+        reasons.append(str(error))
 
 
 def _count_real(counts: _Counts, real: ReaLLabels, indices: list[int], ranked: list[list[int]]) -> None:

@@ -7,6 +7,7 @@ on to the very weights it would have had.
 """
 
 import logging
+import math
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from volo import distributed
 from volo.checkpoint import Progress
 from volo.cli import config_to_dict
 from volo.config import Config
+from volo.data.decode import UnreadableImage
 from volo.distributed import World
 from volo.evaluate import Accuracy, evaluate
 from volo.optim import learning_rate
@@ -56,22 +58,26 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end of the schedule; return False where a signal stopped it, with a checkpoint saved."""
-        progress, last = self.progress, self.config.schedule.total_epochs
-        if self.config.eval.before_training and progress.global_step == 0 and not self._evaluate():
-            return False  # nothing was trained that could be saved
-        closed = progress.step > 0 or progress.closed_epochs == progress.epoch
-        while True:
-            if not closed and not self._close_epoch():
-                break
-            if progress.epoch == last:
-                return True
-            if not self._train_epoch():
-                break
-            closed = False
-        self._check_finite()
+        if self._run_epochs():
+            return True
         self._save()
+        progress = self.progress
         _logger.info("stopped by a signal at epoch %d, step %d; saved", progress.epoch, progress.step)
         return False
+
+    def _run_epochs(self) -> bool:
+        """Train and evaluate from the present position to the end; return False where a signal came."""
+        progress, config = self.progress, self.config
+        if config.eval.before_training and progress.global_step == 0 and progress.best_epoch < 0:
+            if not self._evaluate():
+                return False
+            self._save(is_best=True)  # fine-tuning may never get better than what it started from
+        if progress.step == 0 and progress.closed_epochs < progress.epoch and not self._close_epoch():
+            return False
+        while progress.epoch < config.schedule.total_epochs:
+            if not (self._train_epoch() and self._close_epoch()):
+                return False
+        return True
 
     def _train_epoch(self) -> bool:
         """Train from the present step to the end of the epoch; return False where a signal stopped it."""
@@ -138,9 +144,15 @@ class Trainer:
             models["val_ema"] = learner.ema.module
         results = {}
         for name, model in models.items():
-            results[name] = self._accuracy(model)
+            try:
+                results[name] = self._accuracy(model)
+            except UnreadableImage as error:  # on every rank
+                self._save()  # the epoch is whole; with the file mended, the run goes on from here
+                raise UnreadableImage(f"{error}. {self.run.checkpoints.last} has all that was trained") from error
             if results[name] is None:
                 return False
+            if not math.isfinite(results[name].loss):
+                raise self._non_finite(f"{name}/loss", progress.global_step)
         chosen = results["val_ema" if self.evaluated_weights == "ema" else "val"]
         if chosen.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = chosen.top1, progress.epoch
@@ -199,20 +211,26 @@ class Trainer:
 
     def _check_finite(self) -> None:
         found = self.window.first_non_finite()
-        if found is None:
-            return
-        step, terms = found
+        if found is not None:
+            step, terms = found
+            raise self._non_finite(" and ".join(terms), step + 1)
+
+    def _non_finite(self, what: str, step: int) -> NonFiniteLoss:
+        """Return the error for ``what`` of optimizer step ``step``, counted from 1 as in metrics.csv."""
         kept = f"the last good checkpoint is {self.run.checkpoints.last}" if self.run.checkpoints.exists() else ""
-        raise NonFiniteLoss(
-            f"{' and '.join(terms)} not finite at step {step} (epoch {step // self.steps_per_epoch + 1}), learning "
-            f"rate {self._learning_rate(step):.3g}; {kept or 'no checkpoint was saved yet'}. A lower optim.lr, "
+        return NonFiniteLoss(
+            f"{what} not finite at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}), learning rate "
+            f"{self._learning_rate(step - 1):.3g}; {kept or 'no checkpoint was saved yet'}. A lower optim.lr, "
             "optim.clip_grad 1.0 or train.precision fp32 may help"
         )
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, is_best: bool = False) -> None:
-        """Save on rank 0; where that fails, every rank raises."""
+        """Save on rank 0; where that fails, or the weights would spoil a good checkpoint, every rank raises."""
+        self._check_finite()
+        if not nn.utils.get_total_norm(list(self.learner.model.parameters())).isfinite():
+            raise self._non_finite("norm of the weights", self.progress.global_step)
         distributed.on_main(lambda: self.run.checkpoints.save(self._state(), is_best))
 
     def _state(self) -> dict:
@@ -222,6 +240,7 @@ class Trainer:
             "version": 1,
             "arch": config.model.name,
             "classes": list(self.splits.classes),
+            "train_images": len(self.splits.train),
             **self.learner.state_dict(),
             "progress": progress.state_dict(),
             "rng": {"seed": config.train.seed},
