@@ -5,12 +5,13 @@ Everything here that is wrong is the user's to mend and ends with exit code 2, b
 
 import logging
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from volo.checkpoint import CheckpointFolder, read_own_checkpoint
 from volo.cli import config_to_dict, save_config
-from volo.config import Config, DataConfig
+from volo.config import Config, DataConfig, ModelConfig
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from volo.data.records import ImageRecords, class_names, scan_class_folders, scan_flat, split_folder
@@ -183,8 +184,9 @@ class RunFolder:
 
 
 # Changing these in the middle of a run would make it neither the old run nor a new one.
+_MODEL_MAY_CHANGE = ("checkpoint", "checkpoint_ema", "drop_path_rate", "drop_rate", "attn_drop_rate")
 _FIXED_IN_A_RUN = (
-    *(("model", name) for name in ("name", "img_size", "num_classes")),
+    *(("model", f.name) for f in fields(ModelConfig) if f.name not in _MODEL_MAY_CHANGE),
     *(("train", name) for name in ("batch_size", "seed")),
     ("optim", "name"),
     ("ema", "enabled"),
@@ -209,6 +211,32 @@ def check_same_run(saved: dict, config: Config) -> None:
             "the checkpoint is of a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
             "another train.name for a new run"
         )
+
+
+def check_same_images(state: dict, splits: Splits, batch_size: int) -> None:
+    """Raise ValueError where a run cannot go on with the images that are there now.
+
+    With other classes the labels would mean something else; with another number of steps an epoch, the position.
+    A few images more or fewer are reported.
+    """
+    if "classes" in state and tuple(state["classes"]) != splits.classes:
+        raise ValueError(
+            f"the checkpoint is of a run on other classes ({_ends(state['classes'])}; now {_ends(splits.classes)}): "
+            "check data.root and data.class_list, or choose another train.name for a new run"
+        )
+    before, now = state.get("train_images"), len(splits.train)
+    if before not in (None, now):
+        told = f"the checkpoint is of a run on {before:,} training images, and {now:,} are there now"
+        if before // batch_size != now // batch_size:
+            raise ValueError(
+                f"{told}: an epoch would have another number of steps. Put them back as they were, or start a new run "
+                "(another train.name) from these weights (model.checkpoint)"
+            )
+        _logger.warning("%s: the run goes on, in another order than it would have taken", told)
+
+
+def _ends(classes: Sequence[str]) -> str:
+    return f"{len(classes)} from {classes[0]!r} to {classes[-1]!r}"
 
 
 def git_revision() -> str:

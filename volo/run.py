@@ -9,7 +9,7 @@ from volo import distributed
 from volo.checkpoint import read_own_checkpoint
 from volo.config import Config
 from volo.distributed import World
-from volo.prepare import BatchPlan, RunFolder, git_revision, load_splits
+from volo.prepare import BatchPlan, RunFolder, check_same_images, git_revision, load_splits
 from volo.program import DONE, STOPPED, checking_usage
 from volo.published import published_top1
 from volo.reporting import plot_curves, setup_logging, text_table
@@ -20,19 +20,18 @@ _logger = logging.getLogger("volo")
 
 def run_training(config: Config) -> int:
     """Train as ``config`` says; return the exit code (see :mod:`volo.program`)."""
-    world = distributed.initialise(config.train.device)
-    run = RunFolder(config)
     with checking_usage():
+        world = distributed.initialise(config.train.device)
+        run = RunFolder(config)
         BatchPlan.of(config, world.size)
         splits = distributed.on_main(lambda: load_splits(config))
-        if world.is_main:
-            run.create()
-        distributed.barrier()
+        distributed.on_main(run.create)
         setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
         path, state = find_checkpoint(run, config, world)
+        if state is not None:
+            check_same_images(state, splits, config.train.batch_size)
         trainer = Trainer(config, world, run, splits, state)
-        if world.is_main:
-            run.write_config(config)
+        distributed.on_main(lambda: run.write_config(config))
     _logger.info("%s", describe(trainer))
     if path is not None:
         done = trainer.progress
