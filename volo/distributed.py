@@ -32,6 +32,19 @@ class OtherRankFailed(Exception):
     """Another process of the run failed and has said why."""
 
 
+class MeetingFailed(Exception):
+    """The processes of the run could not find one another (a port in use, say)."""
+
+
+def lost_peer(error: Exception) -> str | None:
+    """Return how the transport words ``error``, where it says that another process is gone; else None."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
+        return None
+    reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    return reason.split("] ", 1)[-1].split(". ", 1)[0]
+
+
 def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
     """Return the device for ``train.device``; ValueError where CUDA is asked for and not there."""
     available = torch.cuda.is_available()
@@ -51,7 +64,7 @@ def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
 def initialise(device_choice: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 
-    Raises ValueError where the rendezvous fails (a port in use, say) or the device is not there.
+    Raises ValueError where the device is not there, MeetingFailed where the rendezvous fails.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = resolve_device(device_choice, local_rank)
@@ -66,7 +79,7 @@ def initialise(device_choice: str = "auto") -> World:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise MeetingFailed(
             f"the processes could not meet at {address}: {reason}. If the port is in use, set MASTER_PORT to a "
             "free one, or on one machine start with torchrun --standalone, which picks one"
         ) from error

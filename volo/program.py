@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import errno
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -12,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from volo import distributed
-from volo.checkpoint import SaveError
+from volo.checkpoint import CheckpointError
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _logger = logging.getLogger("volo")
 
@@ -27,7 +30,7 @@ class UsageError(Exception):
 def checking_usage():
     """Turn the ValueErrors of the block, all found before any work, into :class:`UsageError`.
 
-    A file that is damaged is no wrong usage: its error stays what it is.
+    What is wrong with a file or the network rather than with the options has exceptions of its own.
     """
     try:
         yield
@@ -43,13 +46,12 @@ def finish(body: Callable[[], int]) -> None:
         code = FAILED
     except UsageError as error:
         code = _fail(str(error), USAGE)
-    except (ValueError, SaveError, ArithmeticError) as error:  # expected failures, which explain themselves
-        code = _fail(str(error), FAILED)
+    except (ValueError, CheckpointError, ArithmeticError, distributed.MeetingFailed) as error:
+        code = _fail(str(error), FAILED)  # expected failures, which explain themselves
     except KeyboardInterrupt:
-        code = _fail("interrupted before there was anything to save", FAILED)
+        code = _fail("interrupted before a checkpoint could be saved", FAILED)
     except Exception as error:
-        traceback.print_exc()
-        code = _fail(f"{type(error).__name__}: {error}", FAILED)
+        code = _fail(_unexpected(error), FAILED)
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 and (exit_file := os.environ.get("VOLO_EXIT_FILE")):
         Path(exit_file).write_text(str(code))  # torchrun turns every code but 0 into 1; the launcher reads this
@@ -57,17 +59,31 @@ def finish(body: Callable[[], int]) -> None:
         distributed.shutdown()
         sys.exit(code)
     # Other processes may be gone: leaving the process group in order would wait for them.
+    for worker in multiprocessing.active_children():
+        worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the last line for an error that no code of ours foresaw, after printing where it came from."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error}: there is no room left to write to. Make room and start again with the same command"
+    if transport := distributed.lost_peer(error):
+        return f"another process of the run is gone ({transport}); if it failed, its own message says why"
+    traceback.print_exc()
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}" + (" ... (whole above)" if len(lines) > 1 else "")
 
 
 def _fail(reason: str, code: int) -> int:
     sys.stdout.flush()
     rank = int(os.environ.get("RANK", 0))
     prefix = f"[rank {rank}] " if rank else ""
-    for handler in _logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(logging.LogRecord("volo", logging.ERROR, __file__, 0, reason, None, None))
+    if code != USAGE:  # a refused command is no part of the run in that folder
+        for handler in _logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.emit(logging.LogRecord("volo", logging.ERROR, __file__, 0, reason, None, None))
     print(f"{prefix}error: {reason}", file=sys.stderr)
     return code

@@ -61,7 +61,8 @@ class Dataset:
 
 def run_validation(config: Config, options: Options) -> int:
     """Evaluate as asked, print the table, write results.json and results.csv; return the exit code."""
-    world = distributed.initialise(config.train.device)
+    with checking_usage():
+        world = distributed.initialise(config.train.device)
     setup_logging(None, world.is_main, world.rank)
     if (options.checkpoint is None) == (not options.random_weights):
         raise UsageError(

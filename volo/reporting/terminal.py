@@ -31,7 +31,8 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     if main_process and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+        # Opened by the first message: a run that is refused leaves the folder of another as it was.
+        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
