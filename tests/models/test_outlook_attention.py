@@ -1,0 +1,132 @@
+"""The outlook operator against loops that follow the paper's words, and its gradients."""
+
+import doctest
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from volo.models import outlook_attention
+
+
+def windows_of(side, kernel, stride, padding):
+    return (side + 2 * padding - kernel) // stride + 1
+
+
+def by_loops(value, logits, num_heads, kernel, stride, padding):
+    """Every window, query and key in turn; no unfold, no fold, no batched product."""
+    B, H, W, C = value.shape
+    d = C // num_heads
+    area = kernel * kernel
+    out = torch.zeros_like(value)
+    for b in range(B):
+        for r in range(logits.shape[1]):
+            for c in range(logits.shape[2]):
+                cells = [
+                    (r * stride - padding + i, c * stride - padding + j) for i in range(kernel) for j in range(kernel)
+                ]
+                for head in range(num_heads):
+                    chan = slice(head * d, (head + 1) * d)
+                    for query, (row, col) in enumerate(cells):
+                        if not (0 <= row < H and 0 <= col < W):
+                            continue
+                        start = (head * area + query) * area
+                        scores = [x / math.sqrt(d) for x in logits[b, r, c, start : start + area].tolist()]
+                        total = sum(math.exp(s) for s in scores)
+                        for score, (key_row, key_col) in zip(scores, cells, strict=True):
+                            if 0 <= key_row < H and 0 <= key_col < W:
+                                weight = math.exp(score) / total
+                                out[b, row, col, chan] += weight * value[b, key_row, key_col, chan]
+    return out
+
+
+def draw(B, H, W, heads, d, kernel, stride, padding, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    h, w = windows_of(H, kernel, stride, padding), windows_of(W, kernel, stride, padding)
+    value = torch.randn(B, H, W, heads * d, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(B, h, w, heads * kernel**4, generator=generator, dtype=torch.float64)
+    return value, logits
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 2),
+    H=st.integers(1, 6),
+    W=st.integers(1, 6),
+    heads=st.integers(1, 2),
+    d=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 4),
+    padding=st.integers(0, 2),
+)
+def test_equals_loops_for_any_shape(B, H, W, heads, d, kernel, stride, padding):
+    assume(min(windows_of(H, kernel, stride, padding), windows_of(W, kernel, stride, padding)) >= 1)
+    value, logits = draw(B, H, W, heads, d, kernel, stride, padding)
+    ours = outlook_attention(value, logits, num_heads=heads, kernel_size=kernel, stride=stride, padding=padding)
+    torch.testing.assert_close(ours, by_loops(value, logits, heads, kernel, stride, padding))
+
+
+@pytest.mark.parametrize(
+    ("H", "W", "kernel", "stride", "padding"),
+    [(7, 5, 3, 2, 1), (4, 6, 3, 1, 1), (5, 4, 5, 2, 2), (3, 4, 5, 1, 2), (6, 7, 3, 3, 1), (4, 4, 2, 2, 0)],
+)
+def test_equals_loops_at_chosen_shapes(H, W, kernel, stride, padding):
+    value, logits = draw(2, H, W, 2, 2, kernel, stride, padding)
+    ours = outlook_attention(value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding)
+    torch.testing.assert_close(ours, by_loops(value, logits, 2, kernel, stride, padding))
+
+
+@pytest.mark.parametrize(("H", "W", "kernel", "stride", "padding"), [(3, 4, 3, 2, 1), (3, 2, 3, 1, 1), (3, 3, 5, 2, 2)])
+def test_gradients(H, W, kernel, stride, padding):
+    value, logits = draw(1, H, W, 2, 1, kernel, stride, padding)
+
+    def run(value, logits):
+        return outlook_attention(value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding)
+
+    assert torch.autograd.gradcheck(run, (value.requires_grad_(), logits.requires_grad_()), fast_mode=True)
+
+
+def test_padding_keeps_its_share_of_the_softmax():
+    """A constant image: the corner's window has 4 of 9 cells inside, so its mean over 9 is 4/9."""
+    value = torch.ones(1, 4, 4, 1)
+    y = outlook_attention(value, torch.zeros(1, 2, 2, 81), num_heads=1)
+    assert y[0, 0, 0, 0].item() == pytest.approx(4 / 9)
+    # Cell (1, 1) lies in all four windows, which have 4, 6, 6 and 9 cells inside: a sum, not a mean.
+    assert y[0, 1, 1, 0].item() == pytest.approx((4 + 6 + 6 + 9) / 9)
+
+
+def test_input_need_not_be_contiguous():
+    value, logits = draw(2, 5, 4, 2, 2, 3, 2, 1)
+    expected = outlook_attention(value, logits, num_heads=2)
+    strided = [x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for x in (value, logits)]
+    assert not strided[1].is_contiguous()
+    torch.testing.assert_close(outlook_attention(*strided, num_heads=2), expected)
+
+
+def test_dropout_drops_weights_and_keeps_the_mean():
+    value, logits = torch.ones(1, 2, 2, 1), torch.zeros(1, 1, 1, 81)
+    torch.manual_seed(0)
+    drawn = torch.stack([outlook_attention(value, logits, num_heads=1, dropout_p=0.5)[0, 0, 0] for _ in range(2000)])
+    assert drawn.std() > 0.1
+    assert drawn.mean().item() == pytest.approx(4 / 9, abs=0.03)  # std error of the mean is 0.005
+
+
+def test_bad_shapes_are_named():
+    value = torch.zeros(1, 4, 4, 6)
+    with pytest.raises(ValueError, match=r"\[1, 2, 2, 243\].*kernel 3.*\[1, 2, 2, 162\]"):
+        outlook_attention(value, torch.zeros(1, 2, 2, 243), num_heads=2)
+    with pytest.raises(ValueError, match="6 channels, which 4 heads"):
+        outlook_attention(value, torch.zeros(1, 2, 2, 324), num_heads=4)
+    with pytest.raises(ValueError, match="window of 7 does not fit a 4x4 grid"):
+        outlook_attention(value, torch.zeros(1, 1, 1, 1), num_heads=2, kernel_size=7, padding=1)
+
+
+def test_the_worked_example_is_true():
+    # By its module name: the package exports the function under the same name.
+    module = importlib.import_module("volo.models.outlook_attention")
+    result = doctest.testmod(module)
+    assert result.attempted >= 7
+    assert result.failed == 0

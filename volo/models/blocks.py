@@ -1,0 +1,167 @@
+"""The parts of a VOLO: stem, downsample, three kinds of attention and the residual blocks around them.
+
+B images, H x W grid of tokens, h x w outlook windows, C channels, N tokens, d channels of one head.
+Between blocks tokens are [B, H, W, C], contiguous, because every linear layer and LayerNorm wants C last.
+Attribute names are those of the published code: they are the keys of its state_dict.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from volo.models.outlook_attention import outlook_attention
+
+
+class PatchEmbed(nn.Module):
+    """Convolutional stem at half resolution, then one projection a patch: [B, 3, H, W] -> [B, H/p, W/p, C]."""
+
+    def __init__(self, patch_size: int, in_chans: int, hidden_dim: int, embed_dim: int):
+        super().__init__()
+        layers = []
+        for index, width in enumerate((in_chans, hidden_dim, hidden_dim)):
+            kernel, stride = (7, 2) if index == 0 else (3, 1)
+            layers += [
+                nn.Conv2d(width, hidden_dim, kernel, stride, padding=kernel // 2, bias=False),
+                nn.BatchNorm2d(hidden_dim),
+                nn.ReLU(inplace=True),
+            ]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(hidden_dim, embed_dim, kernel_size=patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
+        x = self.conv(images)  # [B, hidden, H/2, W/2]
+        x = self.proj(x)  # [B, C, H/p, W/p]
+        # One copy here (none for channels_last images) spares one in every LayerNorm of the first stage.
+        return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
+
+
+class Downsample(nn.Module):
+    """Halve the grid and widen the channels: [B, H, W, C] -> [B, H/2, W/2, C']."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        x = self.proj(x.permute(0, 3, 1, 2))  # [B, C', H/2, W/2]
+        return x.permute(0, 2, 3, 1).contiguous()  # [B, H/2, W/2, C']
+
+
+class OutlookAttention(nn.Module):
+    """Projections around the outlook operator: [B, H, W, C] -> [B, H, W, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        qkv_bias: bool,
+        attn_drop: float,
+        drop: float,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.attn_drop = attn_drop
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.attn = nn.Linear(dim, num_heads * kernel_size**4)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        centres = x.permute(0, 3, 1, 2)  # [B, C, H, W]
+        # ceil_mode: on an odd side the last pool holds fewer cells and is their mean.
+        centres = F.avg_pool2d(centres, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
+        logits = self.attn(centres.permute(0, 2, 3, 1))  # [B, h, w, heads*K^4]
+        x = outlook_attention(
+            self.v(x),
+            logits,
+            num_heads=self.num_heads,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )  # [B, H, W, C]
+        return self.proj_drop(self.proj(x))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the whole grid: [B, H, W, C] -> [B, H, W, C]."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, drop: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        x = x.transpose(1, 2).reshape(B, H, W, C)
+        return self.proj_drop(self.proj(x))
+
+
+class ClassAttention(nn.Module):
+    """The class token asks, all tokens and itself answer: [B, 1 + N, C] -> [B, 1, C]."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, drop: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 1 + N, C]
+        B, N, C = x.shape  # this N counts the class token
+        kv = self.kv(x).view(B, N, 2, self.num_heads, C // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, heads, 1 + N, d] each
+        q = self.q(x[:, :1]).view(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)  # [B, heads, 1, d]
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        x = x.transpose(1, 2).reshape(B, 1, C)
+        return self.proj_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block on the grid: an Outlooker or a Transformer, as its attention says."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        # Both branches share the rate and draw apart from each other.
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class ClassBlock(nn.Module):
+    """Block that changes the class token only; the other tokens pass through. It has no stochastic depth."""
+
+    def __init__(self, dim: int, attn: ClassAttention, mlp_ratio: float, drop: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 1 + N, C]
+        cls = x[:, :1] + self.attn(self.norm1(x))  # [B, 1, C]
+        cls = cls + self.mlp(self.norm2(cls))  # [B, 1, C]
+        return torch.cat([cls, x[:, 1:]], dim=1)  # [B, 1 + N, C]

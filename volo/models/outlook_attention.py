@@ -1,0 +1,94 @@
+"""Outlook attention, the operator of VOLO (arXiv 2106.13112, section 3.1): definition and reference.
+
+B images, H x W grid, C channels, h x w windows, K kernel side, n = h*w windows, d channels of one head.
+
+Self-attention compares every cell with every other. Outlook attention compares nothing: each K x K window
+has its K^2 x K^2 attention matrix predicted by a linear layer from the features at the window's centre, the
+matrix mixes the K^2 values of the window into K^2 outputs, and every cell sums what the windows over it say.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def outlook_attention(
+    value: Tensor,
+    logits: Tensor,
+    *,
+    num_heads: int,
+    kernel_size: int = 3,
+    stride: int = 2,
+    padding: int = 1,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Mix each window of ``value`` with its own attention matrix and sum the windows where they overlap.
+
+    Args:
+        value: Values [B, H, W, C]; channels are heads-major, so head i has channels i*d to (i+1)*d.
+        logits: Raw attention of every window [B, h, w, num_heads * K^4]; channel
+            (head * K^2 + query) * K^2 + key. They are multiplied by d^-0.5 here, then softmax runs over the keys.
+        num_heads: Heads; it divides C.
+        kernel_size: Side K of a window.
+        stride: Distance between neighbouring windows.
+        padding: Zeros around the grid. A padded key keeps its share of the softmax but adds nothing.
+        dropout_p: Probability of dropping an attention weight; give 0 outside training.
+
+    Returns:
+        [B, H, W, C]. Overlapping windows are summed, not averaged; a cell without a window is 0.
+
+    Raises:
+        ValueError: C is no multiple of the heads, or the logits do not fit the windows.
+
+    The layout, on a 4 x 4 grid of one channel with K = 3, stride 2, padding 1. The cells are numbered from 1, so
+    that 0 is padding. There are 2 x 2 windows, centred on the cells 1, 3, 9 and 11, and unfold makes each a
+    column of its K^2 = 9 values, row by row:
+
+    >>> import torch
+    >>> cells = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    >>> windows = F.unfold(cells, 3, padding=1, stride=2)[0].T
+    >>> for window in windows.int().tolist():
+    ...     print(window)
+    [0, 0, 0, 0, 1, 2, 0, 5, 6]
+    [0, 0, 0, 2, 3, 4, 6, 7, 8]
+    [0, 5, 6, 0, 9, 10, 0, 13, 14]
+    [6, 7, 8, 10, 11, 12, 14, 15, 16]
+
+    A window's matrix turns its nine values into nine outputs, one for each of its positions. Fold then takes
+    the columns back to the grid and sums: cell 6 is position 8 of the first window, 6 of the second, 2 of the
+    third and 0 of the fourth, so it is a sum of four outputs, while the corner cell 1 lies in one window only.
+    Folding ones counts the windows of every cell:
+
+    >>> F.fold(torch.ones(1, 9, 4), (4, 4), 3, padding=1, stride=2)[0, 0].int().tolist()
+    [[1, 2, 1, 1], [2, 4, 2, 2], [1, 2, 1, 1], [1, 2, 1, 1]]
+
+    With all logits 0 each output is the window's sum over 9, padding counted; cell 1 is (1 + 2 + 5 + 6) / 9:
+
+    >>> y = outlook_attention(cells.view(1, 4, 4, 1), torch.zeros(1, 2, 2, 81), num_heads=1)
+    >>> round(y[0, 0, 0, 0].item() * 9)
+    14
+    """
+    B, H, W, C = value.shape
+    area = kernel_size * kernel_size
+    h = (H + 2 * padding - kernel_size) // stride + 1
+    w = (W + 2 * padding - kernel_size) // stride + 1
+    n = h * w
+    if C % num_heads:
+        raise ValueError(f"value has {C} channels, which {num_heads} heads do not divide")
+    if min(h, w) < 1:
+        raise ValueError(f"a window of {kernel_size} does not fit a {H}x{W} grid with padding {padding}")
+    if logits.shape != (B, h, w, num_heads * area * area):
+        raise ValueError(
+            f"logits are {list(logits.shape)}; kernel {kernel_size}, stride {stride} and padding {padding} with "
+            f"{num_heads} heads need {[B, h, w, num_heads * area * area]} for values {list(value.shape)}"
+        )
+    d = C // num_heads
+
+    v = F.unfold(value.permute(0, 3, 1, 2), kernel_size, padding=padding, stride=stride)  # [B, C*K^2, n]
+    v = v.view(B, num_heads, d, area, n).permute(0, 1, 4, 3, 2)  # [B, heads, n, key, d]
+    a = logits.reshape(B, n, num_heads, area, area).transpose(1, 2)  # [B, heads, n, query, key]
+    a = (a * d**-0.5).softmax(dim=-1)
+    a = F.dropout(a, dropout_p) if dropout_p > 0 else a
+    y = a @ v  # [B, heads, n, query, d]
+    y = y.permute(0, 1, 4, 3, 2).reshape(B, C * area, n)  # [B, C*K^2, n]
+    y = F.fold(y, (H, W), kernel_size, padding=padding, stride=stride)  # [B, C, H, W]
+    return y.permute(0, 2, 3, 1)  # [B, H, W, C]
