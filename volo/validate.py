@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from volo import distributed
 from volo.config import Config
+from volo.data.augment import EvalTransform
 from volo.data.records import ImageRecords, class_names, folder_layout, imagenet_classes, scan_class_folders
 from volo.distributed import World
 from volo.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
@@ -71,6 +73,9 @@ def run_validation(config: Config, options: Options) -> int:
             else "--checkpoint and --random_weights exclude each other"
         )
     with checking_usage():
+        if options.checkpoint is not None and not Path(options.checkpoint).is_file():
+            raise ValueError(f"--checkpoint {options.checkpoint} is not a file")
+        folder = distributed.on_main(lambda: output_folder(options))
         precision = Precision.resolve(config.train.precision, world.device)
         model = build_model(config.model)
     report, classes = load_weights(model, options)
@@ -89,11 +94,21 @@ def run_validation(config: Config, options: Options) -> int:
         rows += evaluate_dataset(model, dataset, config, precision, world, provenance)
     if world.is_main:
         print_table(rows)
-        folder = Path(options.output or (Path(options.checkpoint).parent if options.checkpoint else "."))
-        folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / "results.json", folder / "results.csv", rows)
         _logger.info("results: %s and results.csv beside it", folder / "results.json")
     return DONE
+
+
+def output_folder(options: Options) -> Path:
+    """Make the folder for the results, before hours of work; ValueError where it cannot be written to."""
+    folder = Path(options.output or (Path(options.checkpoint).parent if options.checkpoint else "."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the results cannot be written to {folder}; give another folder with --output")
+    return folder
 
 
 def load_weights(model: nn.Module, options: Options) -> tuple[LoadReport | None, tuple[str, ...] | None]:
@@ -133,11 +148,18 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
         if not of_imagenet:
             raise ValueError("--v2 evaluates on ImageNet-V2, but the network's classes are not the ImageNet synsets")
         records = scan_class_folders(folder, classes, layout=folder_layout(folder, classes))
-        variant = next((v for v in V2_VARIANTS if v in Path(folder).resolve().name), Path(folder).resolve().name)
+        variant = v2_variant(folder)
         datasets.append(Dataset(f"imagenet-v2 {variant}", records, f"v2-{variant}"))
     if not datasets:
         raise ValueError("there is nothing to evaluate on: set data.val_split, or give --v2 FOLDER")
     return datasets
+
+
+def v2_variant(folder: str) -> str:
+    """Return which variant of ImageNet-V2 a folder is by its name, or that name; the archives write threshold0.7."""
+    name = Path(folder).resolve().name
+    letters = name.replace("-", "").replace("_", "")
+    return next((variant for variant in V2_VARIANTS if variant.replace("-", "") in letters), name)
 
 
 def describe(
@@ -145,6 +167,7 @@ def describe(
 ) -> dict[str, str]:
     """Return everything the numbers depend on, as it is stored with each of them."""
     height, width = config.model.image_hw
+    cover_height, cover_width = EvalTransform((height, width), config.eval.crop_pct, config.eval.interpolation).cover_hw
     used = {"state_dict_ema": "ema"}.get(report.used, "raw") if report else "random"
     return {
         "model": config.model.name,
@@ -152,6 +175,7 @@ def describe(
         "sha256": file_sha256(options.checkpoint) if options.checkpoint else "none",
         "weights": used,
         "resolution": f"{height}x{width}",
+        "resize": f"to cover {cover_height}x{cover_width}",
         "crop ratio": f"{config.eval.crop_pct:g}",
         "interpolation": config.eval.interpolation,
         "precision": precision.name,
