@@ -1,0 +1,205 @@
+"""Samples by key, and batches of them.
+
+A training sample is asked for by (epoch, index), and everything drawn for it depends on the seed and that key
+alone; so any worker of any rank gives the same sample. B is the number of images of a batch, H and W are height
+and width, N is the number of images of the data set.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volo.data.augment import EvalTransform, TrainTransform
+from volo.data.decode import UnreadableImage, count_notes, read_image
+from volo.data.records import ImageRecords
+from volo.rng import generator, torch_seed
+from volo.token_labels.geometry import TokenCells
+from volo.token_labels.source import LabelSource
+from volo.token_labels.targets import TokenLabelBatch
+
+# How many other images are tried in place of an unreadable one before the data set counts as broken.
+_REPLACEMENTS = 10
+
+
+@dataclass
+class Sample:
+    """One image on its way into a batch.
+
+    Args:
+        index: Place of the image in the records.
+        image: uint8 [3, H, W], or None where no image could be read.
+        label: Class index.
+        erase_box: Box (top, left, bottom, right) of random erasing; all zeros for none.
+        noise_seed: Seed of the noise in that box.
+        notes: What was unusual about the file.
+        failures: Why files that were tried first, or this one, could not be read.
+        token_cells: What each token takes from the label map, where there are label maps.
+    """
+
+    index: int
+    image: np.ndarray | None
+    label: int
+    erase_box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    noise_seed: int = 0
+    notes: int = 0
+    failures: tuple[str, ...] = ()
+    token_cells: TokenCells | None = None
+
+
+@dataclass
+class Batch:
+    """B images and what belongs to them, all on the host.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        labels: int64 [B].
+        erase_boxes: int64 [B, 4], (top, left, bottom, right) of random erasing; all zeros for none.
+        noise_seeds: int64 [B], seed of the noise in each box.
+        indices: int64 [B], place of each image in the records.
+        notes: int64 [B], sums of :class:`volo.data.decode.Note`.
+        failures: One line for every file that could not be read. In training another image has taken its place;
+            in evaluation it is missing from the batch, which may thereby be empty.
+        token_labels: The images' label maps, where there are any.
+    """
+
+    images: Tensor
+    labels: Tensor
+    erase_boxes: Tensor
+    noise_seeds: Tensor
+    indices: Tensor
+    notes: Tensor
+    failures: list[str]
+    token_labels: TokenLabelBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with what goes to the device in page-locked memory; DataLoader calls this."""
+        token_labels = self.token_labels and self.token_labels.map(Tensor.pin_memory)
+        return replace(
+            self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), token_labels=token_labels
+        )
+
+    def note_counts(self) -> dict[str, int]:
+        """Count how many images carry each note; notes that do not occur are left out."""
+        return count_notes(self.notes.tolist())
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Make a batch of the samples that have an image, and keep the failures of all of them."""
+    readable = [sample for sample in samples if sample.image is not None]
+
+    def column(values: list, shape: tuple[int, ...] = ()) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).reshape(len(readable), *shape)
+
+    images = [torch.from_numpy(sample.image) for sample in readable]
+    cells = [sample.token_cells for sample in readable if sample.token_cells is not None]
+    return Batch(
+        images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        labels=column([sample.label for sample in readable]),
+        erase_boxes=column([sample.erase_box for sample in readable], (4,)),
+        noise_seeds=column([sample.noise_seed for sample in readable]),
+        indices=column([sample.index for sample in readable]),
+        notes=column([int(sample.notes) for sample in readable]),
+        failures=[failure for sample in samples for failure in sample.failures],
+        token_labels=TokenLabelBatch.collate(cells) if cells else None,
+    )
+
+
+class _Images(torch.utils.data.Dataset):
+    """Files, labels and how to read one."""
+
+    def __init__(self, records: ImageRecords, exif: str):
+        self.root = records.root
+        # One array rather than a list: a million Python strings would be copied into every worker as their
+        # reference counts are touched.
+        self.paths = np.array([os.fsencode(path) for path in records.paths])
+        self.labels = records.labels
+        self.exif = exif
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int):
+        return read_image(os.path.join(self.root, os.fsdecode(self.paths[index])), self.exif)
+
+
+class TrainImages(_Images):
+    """Augmented training samples, by the key (epoch, index).
+
+    Args:
+        records: The images.
+        transform: Their augmentation.
+        seed: Seed of the run.
+        on_error: An unreadable image: "fail" leaves the sample without an image; "skip" puts another one, drawn
+            from seed, epoch and index, in its place. Either way the reason is kept in the sample.
+        exif: "ignore" or "apply" orientation tags.
+        token_labels: Label maps of the images, or None.
+    """
+
+    def __init__(
+        self,
+        records: ImageRecords,
+        transform: TrainTransform,
+        seed: int,
+        on_error: str,
+        exif: str,
+        token_labels: LabelSource | None = None,
+    ):
+        super().__init__(records, exif)
+        self.transform = transform
+        self.token_labels = token_labels
+        self.seed = seed
+        self.on_error = on_error
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        noise_seed = torch_seed(self.seed, "erase", epoch, index)
+        sample = self._augmented(index, generator(self.seed, "augment", epoch, index), noise_seed)
+        if sample.image is not None or self.on_error == "fail":
+            return sample
+
+        failures = sample.failures
+        rng = generator(self.seed, "replace", epoch, index)
+        for _ in range(_REPLACEMENTS):
+            sample = self._augmented(int(rng.integers(len(self))), rng, noise_seed)
+            failures += sample.failures
+            if sample.image is not None:
+                break
+        return replace(sample, failures=failures)
+
+    def _augmented(self, index: int, rng: np.random.Generator, noise_seed: int) -> Sample:
+        label = int(self.labels[index])
+        try:
+            image, notes = self.read(index)
+        except UnreadableImage as error:
+            return Sample(index, None, label, failures=(str(error),))
+        plan = self.transform.draw(rng, *image.size)
+        pixels = self.transform.apply(image, plan)
+        cells = None
+        if self.token_labels is not None:
+            try:
+                cells = self.token_labels.cells(index, plan, (image.height, image.width), self.transform.image_hw)
+            except ValueError as error:
+                return Sample(index, None, label, failures=(str(error),))
+        return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_cells=cells)
+
+
+class EvalImages(_Images):
+    """Evaluation samples by index; an unreadable file gives a sample without an image, with the reason."""
+
+    def __init__(self, records: ImageRecords, transform: EvalTransform, exif: str):
+        super().__init__(records, exif)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Sample:
+        label = int(self.labels[index])
+        try:
+            image, notes = self.read(index)
+        except UnreadableImage as error:
+            return Sample(index, None, label, failures=(str(error),))
+        return Sample(index, self.transform(image), label, notes=notes)
