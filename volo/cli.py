@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -23,6 +24,7 @@ class RecipeParser(ArgumentParser):
 
     def error(self, message, ex=None):
         hint = self._nearest(str(message))
+        message = _in_one_line(str(message))
         if not self.exit_on_error:
             raise ValueError(f"{message}{hint}") from ex
         print(f"Every option with its meaning: {self.prog} --help", file=sys.stderr)
@@ -38,11 +40,14 @@ class RecipeParser(ArgumentParser):
             if not found:
                 return ""
             wanted = found[1]
-        close = difflib.get_close_matches(wanted, self._option_names(), n=1, cutoff=0.5)
+        names = self._option_names()
+        in_section = [name for name in names if name.startswith(wanted.split(".")[0] + ".")]
+        close = difflib.get_close_matches(wanted, in_section or names, n=1, cutoff=0.5)
         return f". Did you mean {close[0]}?" if close else ""
 
     def _option_names(self) -> list[str]:
-        return [a.dest for a in self._actions if a.dest not in ("help", "print_config")]
+        no_fields = {"help", "print_config", *(section.name for section in fields(Config))}
+        return [a.dest for a in self._actions if a.dest not in no_fields]
 
 
 def build_parser(prog: str, description: str) -> RecipeParser:
@@ -63,8 +68,11 @@ def parse(parser: RecipeParser, argv: list[str]) -> tuple[Config, dict]:
 
     Exits with code 2 and a message when something is unknown, of a wrong type or contradicts another option.
     """
+    argv = _recipe_first(argv)
     try:
-        values = vars(parser.instantiate(parser.parse_args(_recipe_first(argv))))
+        for recipe in _recipes(argv):
+            _check_recipe(recipe)
+        values = vars(parser.instantiate(parser.parse_args(argv)))
         sections = {f.name: values.pop(f.name) for f in fields(Config)}
         config = Config(**sections)
     except (ValueError, TypeError) as error:
@@ -89,6 +97,51 @@ def _recipe_first(argv: list[str]) -> list[str]:
     return recipes + rest
 
 
+def _recipes(argv: list[str]) -> list[Path]:
+    joined = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    apart = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    return [Path(name) for name in joined + apart if Path(name).is_file()]
+
+
+def _check_recipe(path: Path) -> None:
+    """Refuse what YAML reads without complaint and nobody means: a key given twice, a section without fields."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} holds no options; a recipe has sections, such as optim, with fields under them")
+    for name, section in _pairs(root, f"{path}: ").items():
+        if isinstance(section, yaml.MappingNode):
+            _pairs(section, f"{path}: {name}.")
+        elif name in (f.name for f in fields(Config)):
+            raise ValueError(f"{path}: {name} is a section, so it needs fields under it; leave it out for the defaults")
+
+
+def _pairs(mapping: yaml.MappingNode, where: str) -> dict[str, yaml.Node]:
+    pairs: dict[str, yaml.Node] = {}
+    for key, value in mapping.value:
+        if key.value in pairs:
+            raise ValueError(f"{where}{key.value} is given twice, again in line {key.start_mark.line + 1}; keep one")
+        pairs[key.value] = value
+    return pairs
+
+
+def _in_one_line(message: str) -> str:
+    """Return a parser's message as one line; one about a wrong type in the words of the options."""
+    key = re.search(r'Parser key "(\w+)\.(\w+)"', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    sections = get_type_hints(Config)
+    if not key or not value or key[1] not in sections:
+        return " ".join(message.split())
+    kind = get_type_hints(sections[key[1]])[key[2]]
+    if get_origin(kind) is Literal:
+        wanted = " or ".join(get_args(kind))
+    else:
+        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    return f"{key[1]}.{key[2]} is {value[1]}; it takes {wanted}"
+
+
 def config_to_dict(config: Config) -> dict:
     """Return ``config`` as nested dictionaries of plain values, for YAML files and checkpoints."""
     return asdict(config)
@@ -96,7 +149,16 @@ def config_to_dict(config: Config) -> dict:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that ``--config`` reads back to an equal config."""
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    path.write_text(yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 5e-5, a string to PyYAML but a number to the parser that reads recipes."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_config(values: dict) -> Config:

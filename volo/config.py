@@ -77,6 +77,10 @@ class ModelConfig:
     def __post_init__(self):
         _require(self.num_classes >= 2, f"model.num_classes is {self.num_classes}; at least 2 are needed")
         _require(0 <= self.drop_path_rate < 1, f"model.drop_path_rate is {self.drop_path_rate}; it is in [0, 1)")
+        size = self.img_size
+        _require(
+            isinstance(size, int) or len(size) == 2, f"model.img_size is {size}; give one number or [height, width]"
+        )
 
     @property
     def architecture(self) -> dict:
@@ -87,10 +91,7 @@ class ModelConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         size = self.img_size
-        if isinstance(size, int):
-            return size, size
-        _require(len(size) == 2, f"model.img_size is {size}; give one number or [height, width]")
-        return size[0], size[1]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)

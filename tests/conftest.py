@@ -1,0 +1,70 @@
+"""Small configs, image folders and batches that several tests share."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from volo.config import Config
+from volo.data.dataset import Batch
+
+# One block a stage on 8 x 8 and 4 x 4 cells, 51,000 parameters: a step takes a few milliseconds.
+TINY_MODEL = {
+    "name": "volo_nano",
+    "img_size": 32,
+    "num_classes": 3,
+    "layers": [1, 1, 1, 1],
+    "embed_dims": [16, 32, 32, 32],
+    "num_heads": [2, 2, 2, 2],
+    "stem_hidden_dim": 8,
+}
+
+
+def tiny_config(**sections: dict) -> Config:
+    """A config of a tiny network, with the options of ``sections`` set: tiny_config(optim={"lr": 1e-2})."""
+    sections["model"] = TINY_MODEL | sections.get("model", {})
+    sections["train"] = {"batch_size": 4, "device": "cpu", "precision": "fp32"} | sections.get("train", {})
+    defaults = Config()
+    return Config(**{name: type(getattr(defaults, name))(**options) for name, options in sections.items()})
+
+
+def make_batch(size: int, seed: int = 0, side: int = 32, num_classes: int = 3) -> Batch:
+    """A batch of noise, with an erase box in every other image."""
+    rng = np.random.default_rng(seed)
+    boxes = [(2, 3, 9, 12) if i % 2 else (0, 0, 0, 0) for i in range(size)]
+    return Batch(
+        images=torch.from_numpy(rng.integers(256, size=(size, 3, side, side), dtype=np.uint8)),
+        labels=torch.from_numpy(rng.integers(num_classes, size=size)),
+        erase_boxes=torch.tensor(boxes).reshape(size, 4),
+        noise_seeds=torch.from_numpy(rng.integers(2**40, size=size)),
+        indices=torch.arange(size),
+        notes=torch.zeros(size, dtype=torch.int64),
+        failures=[],
+    )
+
+
+@pytest.fixture(name="tiny_config")
+def tiny_config_fixture():
+    return tiny_config
+
+
+@pytest.fixture(name="make_batch")
+def make_batch_fixture():
+    return make_batch
+
+
+@pytest.fixture
+def make_image_folder(tmp_path):
+    """Return a function that writes ``counts[class name]`` noise images into a folder a class; gives its path."""
+
+    def make(counts: dict[str, int], split: str = "train", side: int = 32) -> str:
+        rng = np.random.default_rng(len(split))
+        for class_name, count in counts.items():
+            folder = tmp_path / split / class_name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(256, size=(side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+        return str(tmp_path / split)
+
+    return make

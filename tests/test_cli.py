@@ -1,0 +1,289 @@
+"""The command line: precedence, types, near misses, cross-field mistakes, and help for every option."""
+
+import re
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from functools import cache
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from volo.cli import build_parser, config_to_dict, load_config, parse, save_config
+from volo.config import Config, OptimConfig, TrainConfig
+
+DEFAULTS = Config()
+OPTIONS = [(section.name, f.name) for section in fields(Config) for f in fields(getattr(DEFAULTS, section.name))]
+
+
+@cache
+def parser():
+    return build_parser("train.py", "")
+
+
+def config_of(*argv: str) -> Config:
+    return parse(parser(), list(argv))[0]
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Return a function that parses a line which must exit with code 2, and gives the last line of stderr."""
+
+    def run(*argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            config_of(*argv)
+        assert caught.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str, name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------ precedence
+
+
+def test_nothing_given_is_the_published_recipe():
+    config = config_of()
+    assert config == DEFAULTS
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adamw", 1.6e-3, 0.05)
+    assert (config.optim.betas, config.optim.eps) == ([0.9, 0.999], 1e-8)
+    assert (config.train.batch_size, config.schedule.total_epochs, config.schedule.warmup_epochs) == (1024, 310, 20)
+
+
+def test_defaults_then_recipe_then_line_wherever_it_stands(recipe):
+    path = recipe("optim:\n  lr: 0.5\n  weight_decay: 0.25\n")
+    expected = replace(DEFAULTS, optim=OptimConfig(lr=0.125, weight_decay=0.25))
+    assert config_of("--config", path, "--optim.lr", "0.125") == expected
+    assert config_of("--optim.lr", "0.125", "--config", path) == expected
+    assert config_of("--optim.lr=0.125", f"--config={path}") == expected
+    assert config_of("--train.seed", "7", "--config", path, "--optim.lr", "0.125").train == TrainConfig(seed=7)
+
+
+def test_of_two_recipes_and_of_two_options_the_later_wins(recipe):
+    first, second = recipe("optim: {lr: 0.5, eps: 0.25}\n", "a.yaml"), recipe("optim: {lr: 0.75}\n", "b.yaml")
+    assert config_of("--config", first, "--config", second).optim == OptimConfig(lr=0.75, eps=0.25)
+    assert config_of("--optim.lr", "1", "--optim.lr", "2").optim.lr == 2
+
+
+@pytest.mark.parametrize("number", ["5e-5", "5.0e-5", "5E-5", "+5e-5", "0.00005", ".00005"])
+def test_every_way_to_write_a_number_is_a_number(recipe, number):
+    path = recipe(f"optim:\n  lr: {number}\n  betas: [9e-1, {number}]\nmix:\n  mixup: 8e-1\n")
+    config = config_of("--config", path, "--loss.smoothing", number)
+    assert config.optim.lr == config.loss.smoothing == config.optim.betas[1] == 5e-5
+    assert isinstance(config.optim.lr, float) and config.mix.mixup == 0.8 and config.optim.betas[0] == 0.9
+
+
+def test_values_of_every_kind_from_the_line():
+    config = config_of(
+        *("--model.img_size", "[32, 48]", "--model.layers", "[1,2]", "--model.outlook_stages", "[true, false]"),
+        *("--train.compile", "true", "--model.checkpoint", "w.pth.tar", "--eval.crop_pct", "1"),
+        *("--train.name", "2", "--model.qkv_bias", "false", "--model.drop_rate", "null"),
+    )
+    assert config.model.image_hw == (32, 48) and config.model.checkpoint == "w.pth.tar"
+    assert config.model.architecture == {"layers": (1, 2), "outlook_stages": (True, False), "qkv_bias": False}
+    assert config.train.compile is True and config.train.name == "2"
+    assert config.eval.crop_pct == 1.0 and isinstance(config.eval.crop_pct, float)
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        config_of().optim.lr = 1.0
+
+
+def test_arguments_of_a_caller_are_handed_back_apart():
+    own = build_parser("validate.py", "")
+    own.add_argument("--real", type=bool, default=False)
+    config, values = parse(own, ["--real", "true", "--optim.lr", "1"])
+    assert values == {"real": True} and config.optim.lr == 1
+
+
+# -------------------------------------------------------------------------------------- mistakes, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["--optim.lrr", "1"], "optim.lr"),
+        (["--optimm.lr", "1"], "optim.lr"),
+        (["--train.batch", "8"], "train.batch_size"),
+        (["--scedule.epoch", "8"], "schedule.epochs"),
+        (["--ema.enable", "true"], "ema.enabled"),
+        (["--ema.update_decay", "0.9"], "ema.decay"),
+        (["--data.worker=3"], "data.workers"),
+        (["--conf", "x.yaml"], "config"),
+    ],
+)
+def test_unknown_options_name_the_nearest(error_of, words, nearest):
+    error = error_of(*words)
+    assert words[0].split("=")[0] in error and f"Did you mean {nearest}" in error
+
+
+@pytest.mark.parametrize("words", [["--optim.l", "1"], ["--optim.weight", "1"], ["--he"], ["--train.log", "2"]])
+def test_shortened_names_are_refused(error_of, words):
+    assert "unrecognized arguments" in error_of(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optim:\n  lrr: 1\n", "Did you mean optim.lr?"),
+        ("train:\n  batchsize: 8\n", "Did you mean train.batch_size?"),
+        ("optimizer:\n  lr: 1\n", "Did you mean optim.lr?"),
+        ("lr: 1\n", "lr"),
+        ("optim:\n  lr: abc\n", "optim.lr is abc; it takes float"),
+        ("optim: 5\n", "optim is a section"),
+        ("optim:\n", "optim is a section"),
+        ("optim: [1]\n", "optim is a section"),
+        ("", "holds no options"),
+        ("# a comment\n", "holds no options"),
+        ("- optim\n", "holds no options"),
+        ("optim: {lr: 1\n", "is no YAML"),
+        ("optim: {lr: 1}\ntrain: {seed: 1}\noptim: {eps: 1}\n", "optim is given twice, again in line 3"),
+        ("optim:\n  lr: 1\n  eps: 1\n  lr: 2\n", "optim.lr is given twice, again in line 4"),
+        ("ema:\n  enabled: 3\n", "ema.enabled is 3; it takes bool"),
+        ("model:\n  layers: 4\n", "model.layers is 4; it takes list[int] | None"),
+        ("data:\n  on_error: ignore\n", "data.on_error is ignore; it takes fail or skip"),
+    ],
+)
+def test_mistakes_in_a_recipe(error_of, recipe, text, told):
+    assert told in error_of("--config", recipe(text))
+
+
+def test_a_recipe_that_is_not_there(error_of, tmp_path):
+    assert "nowhere.yaml" in error_of("--config", str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train.batch_size", "1.5"], "train.batch_size is 1.5; it takes int"),
+        (["--train.batch_size", "0"], "train.batch_size is 0"),
+        (["--optim.lr", "nan"], "optim.lr"),
+        (["--optim.lr=-1e-3"], "optim.lr is -0.001"),
+        (["--optim.betas", "[0.9]"], "optim.betas"),
+        (["--train.precision", "fp8"], "train.precision is fp8; it takes auto or fp32 or bf16 or fp16 or apex_o1"),
+        (["--model.layers", "[1,x]"], "model.layers"),
+        (["--model.img_size", "[224]"], "model.img_size is [224]"),
+        (["--model.num_classes", "1"], "model.num_classes is 1"),
+        (["--model.drop_path_rate", "1"], "model.drop_path_rate is 1"),
+        (["--augment.scale", "[0.5, 0.1]"], "augment.scale is [0.5, 0.1]"),
+        (["--augment.std", "[0, 1, 1]"], "augment.std"),
+        (["--mix.prob", "1.5"], "mix.prob is 1.5"),
+        (["--ema.decay", "1"], "ema.decay is 1"),
+        (["--loss.smoothing", "1"], "loss.smoothing is 1"),
+        (["--optim.lr"], "expected one argument"),
+        (["recipe.yaml"], "recipe.yaml"),
+        # Options that contradict each other, each alone in its range:
+        (["--schedule.epochs", "10"], "schedule.warmup_epochs is 20; it is between 0 and schedule.epochs (10)"),
+        (["--eval.weights", "ema"], "ema.enabled is false"),
+        (["--model.return_dense", "false"], "loss.dense_weight"),
+        (["--model.return_mean", "true", "--loss.dense_weight", "0"], "mix.mix_token"),
+    ],
+)
+def test_mistakes_on_the_line(error_of, words, told):
+    assert told in error_of(*words)
+
+
+def test_options_that_agree_pass():
+    config_of("--schedule.epochs", "10", "--schedule.warmup_epochs", "10")
+    config_of("--eval.weights", "ema", "--ema.enabled", "true")
+    config_of("--model.return_mean", "true", "--loss.dense_weight", "0", "--mix.mix_token", "false")
+
+
+# -------------------------------------------------------------------------------------------- there and back
+
+
+def changed() -> Config:
+    return config_of(
+        *("--model.img_size", "[64,32]", "--model.layers", "[1,2]", "--model.mlp_ratios", "[2,2.5]"),
+        *(
+            "--optim.lr",
+            "5e-5",
+            "--optim.eps",
+            "1e-30",
+            "--train.name",
+            "5e-5",
+            "--data.root",
+            "no",
+            "--ema.decay",
+            "0.1",
+        ),
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: DEFAULTS, changed])
+def test_a_saved_config_reads_back_equal(tmp_path, make):
+    config, path = make(), tmp_path / "config.yaml"
+    save_config(config, path)
+    assert config_of("--config", str(path)) == config
+    assert load_config(config_to_dict(config)) == config
+
+
+NUMBERS_IN_TEXT = st.from_regex(r"[-+]?[0-9]{0,2}(_[0-9])?\.?[0-9_]{0,2}([eE:][-+]?[0-9]{1,2})?", fullmatch=True)
+WORDS_OF_YAML = st.sampled_from(["no", "null", "~", "true", "2026-01-01", ".inf", ".nan", "0x1F", "1:30", "- a", "# b"])
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    lr=st.floats(1e-300, 1e300),
+    name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])) | NUMBERS_IN_TEXT | WORDS_OF_YAML,
+    layers=st.none() | st.lists(st.integers(1, 99)),
+    scale=st.tuples(st.floats(1e-9, 1), st.floats(1e-9, 1)),
+)
+@example(lr=5e-5, name="5e-5", layers=[1], scale=(1e-5, 1.0))
+def test_any_values_survive_the_file(tmp_path_factory, lr, name, layers, scale):
+    config = replace(
+        DEFAULTS,
+        optim=OptimConfig(lr=lr),
+        train=TrainConfig(name=name),
+        model=replace(DEFAULTS.model, layers=layers),
+        augment=replace(DEFAULTS.augment, scale=sorted(scale)),
+    )
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_config(config, path)
+    assert config_of("--config", str(path)) == config
+
+
+def test_load_config_refuses_what_it_does_not_know():
+    values = config_to_dict(DEFAULTS)
+    with pytest.raises(ValueError, match="Did you mean optim.lr"):
+        load_config(values | {"optim": {"lrr": 1.0}})
+    with pytest.raises(ValueError, match="optim.lr is x; it takes float"):
+        load_config(values | {"optim": {"lr": "x"}})
+    with pytest.raises(ValueError, match="ema.enabled is false"):
+        load_config({"eval": {"weights": "ema"}})
+
+
+# ------------------------------------------------------------------------------------------------------ help
+
+
+@cache
+def help_entries() -> dict[str, str]:
+    """The entry of every option in --help, its lines joined."""
+    entries = re.split(r"\n\n|\n  (?=-)", parser().format_help())
+    return {entry.split()[0].removeprefix("--").rstrip(","): " ".join(entry.split()) for entry in entries}
+
+
+@pytest.mark.parametrize(("section", "field"), OPTIONS, ids=[".".join(option) for option in OPTIONS])
+def test_help_tells_meaning_and_default_of_every_option(section, field):
+    entry = help_entries()[f"{section}.{field}"]
+    meaning, default = re.search(
+        r"^--\S+ (?:\{.*?\}|\S+)(?:, --\S+\+ \S+)? (.*) \(type: .*, default: (.*)\)$", entry
+    ).group(1, 2)
+    assert len(meaning) >= 12 and meaning.endswith("."), entry
+    value = getattr(getattr(DEFAULTS, section), field)
+    # A narrow terminal may break a value at a space or hyphen.
+    assert default.replace(" ", "") == ("null" if value is None else str(value).replace(" ", "")), entry
+
+
+def test_the_help_lists_no_option_that_is_not_there():
+    listed = {name for name in help_entries() if "." in name}
+    assert {f"{section}.{field}" for section, field in OPTIONS} == listed
+    assert asdict(DEFAULTS).keys() == {section for section, _ in OPTIONS}
