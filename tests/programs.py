@@ -1,0 +1,307 @@
+"""Running train.py, validate.py and the launcher as a user runs them, and what they run on.
+
+A program starts with seconds of imports, and the tests start some eighty. So most of them run in a child forked
+from one process that has the imports behind it: a process of its own in every other respect, with its own words,
+environment, folder, output and exit code. Where a test follows or signals a run, or goes through torchrun, the
+program is started from nothing.
+"""
+
+import atexit
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TRAIN, VALIDATE, LAUNCHER = ROOT / "train.py", ROOT / "validate.py", ROOT / "distributed_train.sh"
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+
+CLASSES = ("cross", "disc", "stripes")
+# What torchrun and the launcher read, and what decides the number of threads.
+_STEERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "RDZV_ENDPOINT", "PYTHON")
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def picture(kind: str, seed: int, size: tuple[int, int] = (26, 22)) -> Image.Image:
+    """A noisy colour picture of width and height ``size`` that shows a cross, a disc or stripes somewhere."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width]
+    top, left = rng.uniform(0.35, 0.65, 2) * (height, width)
+    shape = {
+        "cross": (abs(y - top) < 2.5) | (abs(x - left) < 2.5),
+        "disc": np.hypot(y - top, x - left) < 0.3 * height,
+        "stripes": (x + y + seed) % 6 < 3,
+    }[kind]
+    ground, colour = rng.uniform(0, 90, 3), rng.uniform(150, 255, 3)
+    values = np.where(shape[..., None], colour, ground) + rng.normal(0, 10, (height, width, 3))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def make_images(root: Path, train: int = 12, val: int = 4) -> Path:
+    """Write ``train`` and ``val`` pictures a class, in the layout of ImageNet; return ``root``."""
+    for split, count in (("train", train), ("val", val)):
+        for index, kind in enumerate(CLASSES):
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                seed = 1000 * index + i + (500 if split == "val" else 0)
+                picture(kind, seed, (24 + i % 5, 20 + i % 7)).save(folder / f"{kind}_{i:02d}.jpg", quality=95)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+# 0.1 M parameters on 32 x 32 images: a step of 12 images takes some 20 ms.
+SMALL = {
+    "model": {
+        "name": "volo_nano",
+        "img_size": 32,
+        "num_classes": len(CLASSES),
+        "layers": [1, 1, 1, 1],
+        "embed_dims": [16, 32, 32, 32],
+        "num_heads": [2, 2, 2, 2],
+        "stem_hidden_dim": 8,
+    },
+    "data": {"workers": 0},
+    "optim": {"lr": 2e-3},
+    "schedule": {"epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0},
+    "eval": {"batch_size": 5},
+    "train": {"batch_size": 12, "device": "cpu", "log_every_steps": 1, "name": "run"},
+}
+
+
+def write_recipe(path: Path, images: Path, **sections: dict) -> Path:
+    """Write SMALL on ``images``, with ``sections`` over it, as YAML; runs go beside the file, into "runs"."""
+    recipe = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {**SMALL, **sections}}
+    recipe["data"] = {"root": str(images), **recipe["data"]}
+    recipe["train"] = {"output": str(path.parent / "runs"), **recipe["train"]}
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------- programs
+
+
+@dataclass
+class Finished:
+    """How a program ended: exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """Last line on stderr."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+    def assert_done(self) -> "Finished":
+        assert self.code == DONE, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    def assert_failed(self, code: int, *words: str) -> "Finished":
+        """It ended with ``code``, and one short last line gives the reason, with all of ``words`` in it."""
+        shown = f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert self.code == code, shown
+        assert "Traceback" not in self.out + self.err, shown
+        assert "error: " in self.last_line, shown
+        assert len(self.last_line) < 600, shown
+        for word in words:
+            assert word in self.last_line, f"{word!r} is not in: {self.last_line}\n{shown}"
+        return self
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a program: one thread, nothing that the tests themselves were started with."""
+    kept = {name: value for name, value in os.environ.items() if name not in _STEERING}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **changes}
+
+
+def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | None = None, **env: str) -> "Started":
+    """Start a program of ours.
+
+    Args:
+        program: TRAIN or VALIDATE.
+        words: The command line.
+        cwd: The folder it starts in; made where it is not there.
+        ranks: Processes; more than one get the environment that torchrun would give them.
+        largest_file: Bytes after which a write fails, as on a full disk.
+        env: Changes to :func:`environment`.
+    """
+    cwd.mkdir(exist_ok=True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    job = {
+        "program": str(program),
+        "words": [str(word) for word in words],
+        "cwd": str(cwd),
+        "largest_file": largest_file,
+        "ranks": [],
+    }
+    for rank in range(ranks):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        files = {name: str(cwd / f".{name}.{rank}") for name in ("out", "err")}
+        job["ranks"].append({**files, "env": environment(**place, **numbers, **env)})
+    return Started(job, _forker())
+
+
+def run(program: Path, *words, **options) -> "Finished":
+    """Run a program of ours on one process to its end; options as in :func:`start`."""
+    return start(program, *words, **options).finish()[0]
+
+
+def launch(*words, cwd: Path, **env: str) -> subprocess.Popen:
+    """Start ``words`` from nothing, in a process group of its own, stdout and stderr in pipes."""
+    return subprocess.Popen(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, seen: str = "") -> Finished:
+    """Wait for what :func:`launch` started; ``seen`` is what was read of its stdout already."""
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{process.args} did not end:\n{seen + out}\n{err}") from None
+    return Finished(process.returncode, seen + out, err)
+
+
+def torchrun(num_processes: int, program: Path, *words) -> list[str]:
+    """The command line of ``program`` on some processes of this machine."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"),
+        *(str(program), *map(str, words)),
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------ the process that forks
+
+
+class Started:
+    """A program that runs in one or more forked processes; ``pids`` are theirs, by rank."""
+
+    def __init__(self, job: dict, forker: "_Forker"):
+        self._forker = forker
+        self._files = [(rank["out"], rank["err"]) for rank in job["ranks"]]
+        Path(self._files[0][0]).unlink(missing_ok=True)
+        os.mkfifo(self._files[0][0])  # so that it can be followed without asking over and over
+        self.pids: list[int] = forker.ask(job)
+        self._out = open(self._files[0][0], encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.seen = ""
+
+    def follow(self, words: str) -> str:
+        """Read what rank 0 prints up to a line that holds ``words``; return that line."""
+        for line in self._out:
+            self.seen += line
+            if words in line:
+                return line
+        ended = self.finish()[0]
+        raise AssertionError(f"no line with {words!r}; exit code {ended.code}:\n{ended.out}\n{ended.err}")
+
+    def finish(self) -> list[Finished]:
+        """Wait for the end of every rank."""
+        self.seen += self._out.read()
+        self._out.close()
+        codes = self._forker.answer()
+        outs = [self.seen, *(_text(out) for out, _ in self._files[1:])]
+        errs = [_text(err) for _, err in self._files]
+        return [Finished(*ended) for ended in zip(codes, outs, errs, strict=True)]
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+class _Forker:
+    """A process that has imported what the programs need, and forks the processes of one job at a time."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            env=environment(PYTHONPATH=str(ROOT)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self._process.stdin.close)
+
+    def ask(self, job: dict) -> list[int]:
+        """Have ``job`` started; return the process ids."""
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> list[int]:
+        return json.loads(self._process.stdout.readline())
+
+
+@cache
+def _forker() -> _Forker:
+    return _Forker()
+
+
+def _serve() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import volo.run
+    import volo.validate  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        pids = []
+        for rank in job["ranks"]:
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                _become(job, rank)
+                return
+        print(json.dumps(pids), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), flush=True)
+
+
+def _become(job: dict, rank: dict) -> None:
+    """Be the program in this forked child."""
+    for descriptor, name in ((0, os.devnull), (1, rank["out"]), (2, rank["err"])):
+        file = os.open(name, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.setpgid(0, 0)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(rank["env"])
+    if job["largest_file"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+    sys.argv = [job["program"], *job["words"]]
+    runpy.run_path(job["program"], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _serve()
