@@ -226,6 +226,28 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class TokenLabelConfig:
+    """Token labeling: dense label maps of a teacher (arXiv 2104.10858) as targets of the tokens.
+
+    Args:
+        root: A packed store (scripts/generate_token_labels.py, scripts/pack_token_labels.py) or a folder in the
+            published layout; without one, the image's own label is the target of every token.
+        geometry: How label maps follow the pixels: "aligned" exactly; "reference" as the published code leads them,
+            its errors included, for the paper's recipes.
+        smoothing: "exact": smoothed rows sum to 1; "published": to 1 + smoothing / classes, as in the published code.
+        ground_truth: Blend the image's own label into the class target, for fine-tuning: "published" trusts a
+            teacher that misses it more (0.9) than one that finds it (0.5); "corrected" trusts it less (0.1).
+        verify_checksums: Read the whole store once at the start and compare its checksums.
+    """
+
+    root: str | None = None
+    geometry: Literal["aligned", "reference"] = "aligned"
+    smoothing: Literal["exact", "published"] = "exact"
+    ground_truth: Literal["off", "published", "corrected"] = "off"
+    verify_checksums: bool = False
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and gradients.
 
@@ -234,7 +256,7 @@ class OptimConfig:
         implementation: "torch" (fused on CUDA where it can), or "apex": NVIDIA Apex's FusedAdam in AdamW mode.
         lr: Learning rate at the end of warmup; it is not scaled by the batch.
         weight_decay: Decoupled weight decay; biases, 1-D tensors, class token and position embedding have none.
-        betas: Adam's two decay rates.
+        betas: Adam's two decay rates (some optimizers of timm take three).
         eps: Adam's epsilon.
         clip_grad: Gradient clipping threshold; 0 is off.
         clip_mode: What is clipped: total "norm", "value", or adaptive ("agc").
@@ -251,7 +273,10 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optim.lr is {self.lr}; it is above 0")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas: two numbers in [0, 1)")
+        _require(
+            len(self.betas) in (2, 3) and all(0 <= b < 1 for b in self.betas),
+            f"optim.betas is {self.betas}; two numbers in [0, 1), or three for an optimizer that takes them",
+        )
         _require(self.clip_grad >= 0, f"optim.clip_grad is {self.clip_grad}; 0 (off) or more")
 
 
@@ -388,6 +413,7 @@ class Config:
         augment: Augmentation of a training image.
         mix: Mixing of a batch.
         loss: The loss.
+        token_label: Dense label maps.
         optim: The optimizer.
         schedule: The learning rate.
         ema: The weight average.
@@ -400,6 +426,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    token_label: TokenLabelConfig = field(default_factory=TokenLabelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -411,6 +438,13 @@ class Config:
             self.eval.weights != "ema" or self.ema.enabled,
             "eval.weights is 'ema', but ema.enabled is false: turn the average on or evaluate the raw weights",
         )
+        if self.token_label.root is not None and self.token_label.geometry == "reference":
+            _require(
+                self.augment.order == "reference" and self.augment.crop == "random_resized",
+                "token_label.geometry 'reference' leads label maps through flip, RandAugment and random resized crop "
+                "in that order: set augment.order to reference and augment.crop to random_resized, or "
+                "token_label.geometry to aligned",
+            )
         dense = self.model.return_dense is not False and self.model.return_mean is not True
         _require(
             dense or self.loss.dense_weight == 0,

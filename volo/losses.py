@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volo.token_labels.targets import TokenTargets
+
 
 class LossTerms(NamedTuple):
     """The loss and its parts before weighting, each a scalar tensor."""
@@ -34,40 +36,63 @@ def mix_class_targets(target: Tensor, mix_box: Tensor, num_tokens: int) -> Tenso
     return kept * target + (1 - kept) * target.flip(0)
 
 
+def token_cross_entropy(logits: Tensor, targets: TokenTargets) -> Tensor:
+    """Return the mean cross entropy over the tokens that see their image; ``logits`` [B, N, C], computed in float32.
+
+    The same value as :func:`soft_cross_entropy` with the dense targets, without ever making them: the shared
+    background needs the sum over classes only, and the excess the logits of the listed classes.
+    """
+    logits = logits.float()
+    listed = logits.gather(2, targets.classes)  # [B, N, M]
+    per_token = (
+        logits.logsumexp(2) * targets.mass - targets.background * logits.sum(2) - (targets.excess * listed).sum(2)
+    )  # [B, N]
+    return per_token.sum() / (targets.mass.sum() / targets.full_mass).clamp_min(1)
+
+
 class TokenLabelLoss(nn.Module):
     """Soft-target cross entropy on the class token plus ``dense_weight`` times that on the tokens.
 
     Args:
         dense_weight: Weight of the token term; 0 leaves it out (the network may then have no token head).
         cls_weight: Weight of the class term.
-        ground_truth: Class target r * teacher + (1 - r) * ground truth with r = 0.5 where both agree on the class
-            and 0.9 where they do not, as the published fine-tuning does. Needs targets [B, C, 2 + N].
+        ground_truth: Blend the image's own label into the class target, as fine-tuning does; needs targets with a
+            teacher in them. See :func:`blend_ground_truth`.
+        corrected_ratio: Give the image's own label more weight, not less, where the teacher misses it.
     """
 
-    def __init__(self, dense_weight: float = 0.5, cls_weight: float = 1.0, ground_truth: bool = False):
+    def __init__(
+        self,
+        dense_weight: float = 0.5,
+        cls_weight: float = 1.0,
+        ground_truth: bool = False,
+        corrected_ratio: bool = False,
+    ):
         super().__init__()
         self.dense_weight = dense_weight
         self.cls_weight = cls_weight
         self.ground_truth = ground_truth
+        self.corrected_ratio = corrected_ratio
 
-    def forward(self, output, target: Tensor, mix_box: Tensor | None = None) -> Tensor:
+    def forward(self, output, target: Tensor | TokenTargets, mix_box: Tensor | None = None) -> Tensor:
         """Return the weighted loss; arguments as in :meth:`terms`."""
         return self.terms(output, target, mix_box).total
 
-    def terms(self, output, target: Tensor, mix_box: Tensor | None = None) -> LossTerms:
+    def terms(self, output, target: Tensor | TokenTargets, mix_box: Tensor | None = None) -> LossTerms:
         """Return the loss and its two terms.
 
         Args:
             output: ``TokenLogits`` or a pair (cls [B, C], tokens [B, N, C]); the tokens are un-mixed.
-            target: [B, C], used for the class token and for every token; or [B, C, 2 + N] with the ground truth,
-                the teacher's class target and the teacher's N token targets along the last axis.
+            target: [B, C], used for the class token and for every token; [B, C, 2 + N] with the ground truth, the
+                teacher's class target and the teacher's N token targets along the last axis; or the same, sparse.
             mix_box: int [4] (top, left, bottom, right) of MixToken on the final token grid, or None.
 
         Raises:
             ValueError: the shapes do not fit together.
         """
         cls_logits, token_logits = output
-        cls_target, token_target = self._split(cls_logits, token_logits, target)
+        self._check(cls_logits, token_logits, target)
+        cls_target = self._class_target(target)
         if mix_box is not None:
             if token_logits is None:
                 raise ValueError("a MixToken box was given, but the output has no token logits to count its area on")
@@ -76,39 +101,56 @@ class TokenLabelLoss(nn.Module):
         cls = soft_cross_entropy(cls_logits, cls_target)
         if self.dense_weight == 0:
             return LossTerms(self.cls_weight * cls, cls, torch.zeros_like(cls))
-        dense = soft_cross_entropy(token_logits, token_target)
+        if isinstance(target, TokenTargets):
+            dense = token_cross_entropy(token_logits, target)
+        elif target.ndim == 2:
+            dense = soft_cross_entropy(token_logits, target.unsqueeze(1))
+        else:
+            dense = soft_cross_entropy(token_logits, target[:, :, 2:].transpose(1, 2))
         return LossTerms(self.cls_weight * cls + self.dense_weight * dense, cls, dense)
 
-    def _split(self, cls_logits: Tensor, token_logits: Tensor | None, target: Tensor):
-        """Return the class target [B, C] and the token target, [B, 1, C] or [B, N, C]."""
-        if target.shape[:2] != cls_logits.shape:
-            raise ValueError(
-                f"targets {tuple(target.shape)} do not fit class logits {tuple(cls_logits.shape)}: the first two "
-                "axes are images and classes"
-            )
+    def _class_target(self, target: Tensor | TokenTargets) -> Tensor:
+        """Return the class target [B, C]."""
+        if isinstance(target, TokenTargets):
+            truth, teacher = target.truth, target.teacher
+        elif target.ndim == 2:
+            return target
+        else:
+            truth, teacher = target[:, :, 0], target[:, :, 1]
+        return blend_ground_truth(teacher, truth, self.corrected_ratio) if self.ground_truth else teacher
+
+    def _check(self, cls_logits: Tensor, token_logits: Tensor | None, target: Tensor | TokenTargets) -> None:
+        """Raise ValueError where logits and targets do not fit together."""
         if self.dense_weight and token_logits is None:
             raise ValueError("the output has no token logits; use dense_weight=0 or a network with a token head")
-        if target.ndim == 2:
-            if self.ground_truth:
-                raise ValueError("ground_truth=True needs targets [B, C, 2 + N]; these are [B, C]")
-            return target, target.unsqueeze(1)
+        tokens = token_logits.shape[1] if token_logits is not None else None
+        if isinstance(target, TokenTargets):
+            shape, slots = target.truth.shape, target.background.shape[1]
+        else:
+            shape = target.shape[:2]
+            slots = target.shape[2] - 2 if target.ndim == 3 else None
+            if target.ndim not in (2, 3) or (slots is not None and slots < 0):
+                raise ValueError(f"targets are [B, C] or [B, C, 2 + N]; these are {tuple(target.shape)}")
+        if shape != cls_logits.shape:
+            raise ValueError(
+                f"targets of {tuple(shape)} do not fit class logits {tuple(cls_logits.shape)}: the first two axes are "
+                "images and classes"
+            )
+        if slots is None and self.ground_truth:
+            raise ValueError("ground_truth=True needs targets with a teacher in them, [B, C, 2 + N]; these are [B, C]")
+        if self.dense_weight and slots is not None and slots != tokens:
+            raise ValueError(
+                f"the targets are for {slots} tokens and the network has {tokens}: make the labels for its final grid"
+            )
 
-        slots = target.shape[2] - 2
-        if target.ndim != 3 or slots < 0 or (self.dense_weight and slots != token_logits.shape[1]):
-            tokens = "no token logits" if token_logits is None else f"{token_logits.shape[1]} tokens"
-            raise ValueError(f"targets {tuple(target.shape)} do not fit {tokens}: [B, C, 2 + N] is needed")
-        cls_target = target[:, :, 1]
-        if self.ground_truth:
-            cls_target = blend_ground_truth(target[:, :, 1], target[:, :, 0])
-        return cls_target, target[:, :, 2:].transpose(1, 2)
 
+def blend_ground_truth(teacher: Tensor, truth: Tensor, corrected: bool = False) -> Tensor:
+    """Blend teacher and ground-truth class targets [B, C]: share * teacher + (1 - share) * truth.
 
-def blend_ground_truth(teacher: Tensor, truth: Tensor) -> Tensor:
-    """Blend teacher and ground-truth class targets [B, C] by the published rule.
-
-    The teacher's share is 0.5 where it names the true class and 0.9 where it does not. The published comment
-    intends the reverse; the published code does this, and its fine-tuning results rest on it.
+    The teacher's share is 0.5 where it names the true class. Where it does not, the published code takes 0.9,
+    although its comment means to trust such a teacher less; its fine-tuning results rest on that. ``corrected``
+    takes 0.1.
     """
     agree = teacher.argmax(-1) == truth.argmax(-1)
-    share = torch.where(agree, 0.5, 0.9).to(teacher.dtype).unsqueeze(-1)
+    share = torch.where(agree, 0.5, 0.1 if corrected else 0.9).to(teacher.dtype).unsqueeze(-1)
     return share * teacher + (1 - share) * truth

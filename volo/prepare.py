@@ -16,6 +16,7 @@ from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from volo.data.records import ImageRecords, class_names, scan_class_folders, scan_flat, split_folder
 from volo.distributed import World
+from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
 
@@ -38,22 +39,23 @@ class BatchPlan:
                 f"train.batch_size is {total}, over {world_size} processes: less than one image each. Start at most "
                 f"{total} processes or raise train.batch_size to {world_size} or more"
             )
-        if total % world_size:
-            lower = total // world_size * world_size
+        # MixUp and CutMix pair the images of a pass.
+        pairs = 2 if config.mix.mixes_images else 1
+        unit = pairs * world_size
+        if total % unit:
+            near = [str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n]
+            what = "into pairs for MixUp and CutMix, " if pairs == 2 else ""
             raise ValueError(
-                f"train.batch_size {total} does not divide over {world_size} processes; the nearest that do are "
-                f"{lower} and {lower + world_size}"
+                f"train.batch_size {total} does not divide {what}over {world_size} processes; the nearest that do: "
+                f"{' and '.join(near)}"
+            )
+        if most < pairs:
+            raise ValueError(
+                f"train.device_batch_size is {most}, but MixUp and CutMix pair the images of a pass; at least 2"
             )
         share = total // world_size
-        passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
-        plan = cls(total, world_size, passes, share // passes)
-        if config.mix.mixes_images and plan.micro_size % 2:
-            raise ValueError(
-                f"MixUp and CutMix pair the images of a batch, and train.batch_size {total} over {world_size} "
-                f"processes gives passes of {plan.micro_size} images, an odd number; choose a batch that is a "
-                f"multiple of {2 * world_size}, and an even train.device_batch_size"
-            )
-        return plan
+        passes = next(n for n in range(1, share + 1) if share % (n * pairs) == 0 and share // n <= most)
+        return cls(total, world_size, passes, share // passes)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class Splits:
     train: ImageRecords
     val: ImageRecords | None
     classes: tuple[str, ...]
+
+
+def require_start(config: Config) -> None:
+    """Raise ValueError where a fine-tuning recipe is to start from fresh weights."""
+    if config.eval.before_training and config.model.checkpoint is None:
+        raise ValueError(
+            "eval.before_training is set, as in the fine-tuning recipes, but there are no weights to evaluate: give "
+            "--model.checkpoint FILE, the weights to start from (or --eval.before_training false)"
+        )
 
 
 def load_splits(config: Config) -> Splits:
@@ -93,8 +104,23 @@ def load_val(data: DataConfig, classes: tuple[str, ...]) -> ImageRecords:
     return scan_class_folders(directory, classes)
 
 
-def make_train_loader(config: Config, records: ImageRecords, world: World, plan: BatchPlan) -> TrainLoader:
-    """Return this rank's training batches."""
+def open_token_labels(config: Config, splits: Splits, grid: tuple[int, int]) -> LabelSource | None:
+    """Open the label maps of the training images for the network's ``grid``; None where none are given.
+
+    Raises ValueError where they do not belong to the images and classes.
+    """
+    options = config.token_label
+    if options.root is None:
+        return None
+    return LabelSource(
+        options.root, splits.train.paths, splits.classes, grid, options.geometry, options.verify_checksums
+    )
+
+
+def make_train_loader(
+    config: Config, records: ImageRecords, world: World, plan: BatchPlan, token_labels: LabelSource | None = None
+) -> TrainLoader:
+    """Return this rank's training batches, with label maps where they are given."""
     return train_loader(
         records,
         TrainTransform(config.augment, config.model.image_hw),
@@ -107,6 +133,7 @@ def make_train_loader(config: Config, records: ImageRecords, world: World, plan:
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
+        token_labels=token_labels,
     )
 
 

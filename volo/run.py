@@ -9,7 +9,7 @@ from volo import distributed
 from volo.checkpoint import read_own_checkpoint
 from volo.config import Config
 from volo.distributed import World
-from volo.prepare import BatchPlan, RunFolder, check_same_images, git_revision, load_splits
+from volo.prepare import BatchPlan, RunFolder, check_same_images, git_revision, load_splits, require_start
 from volo.program import DONE, STOPPED, checking_usage
 from volo.published import published_top1
 from volo.reporting import plot_curves, setup_logging, text_table
@@ -24,6 +24,7 @@ def run_training(config: Config) -> int:
         world = distributed.initialise(config.train.device)
         run = RunFolder(config)
         BatchPlan.of(config, world.size)
+        require_start(config)
         splits = distributed.on_main(lambda: load_splits(config))
         distributed.on_main(run.create)
         setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
@@ -70,6 +71,8 @@ def describe(trainer: Trainer) -> str:
         ("batch", f"{plan.global_size} images a step, {plan.global_size // world.size} a process{passes}"),
         ("schedule", f"{steps} steps an epoch, {total} epochs; learning rate to {config.optim.lr:g}, not scaled"),
     ]
+    if trainer.token_labels is not None:
+        rows.append(("labels", str(trainer.token_labels)))
     if loader.left_out:
         rows.append(("left out", f"{loader.left_out} images an epoch, others each time (an incomplete last batch)"))
     if ignored := splits.train.ignored:

@@ -10,20 +10,29 @@ import logging
 
 import torch
 from timm.utils import dispatch_clip_grad
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from volo.config import Config, ModelConfig
 from volo.data.dataset import Batch
 from volo.data.device import normalise_and_erase
-from volo.data.mixing import apply_mix, draw_mix, draw_mix_token_box, mix_targets, soft_targets
+from volo.data.mixing import (
+    MixPlan,
+    apply_mix,
+    draw_mix,
+    draw_mix_token_box,
+    mix_targets,
+    soft_targets,
+    token_shares,
+)
 from volo.distributed import World
 from volo.losses import LossTerms, TokenLabelLoss
 from volo.models import create_model, load_checkpoint
-from volo.optim import create_ema, create_optimizer, set_learning_rate
+from volo.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
 from volo.precision import Precision, apex_initialise, require_apex_amp
 from volo.prepare import BatchPlan
 from volo.rng import generator, torch_seed
+from volo.token_labels.targets import TokenTargets, token_targets
 
 _logger = logging.getLogger("volo")
 
@@ -48,7 +57,14 @@ class Learner:
         self.precision = Precision.resolve(config.train.precision, world.device)
         self.model = self._make_model(state)
         self.grid = self.model.grid_size
-        self.loss = TokenLabelLoss(config.loss.dense_weight, config.loss.cls_weight)
+        labels = config.token_label
+        self.loss = TokenLabelLoss(
+            config.loss.dense_weight,
+            config.loss.cls_weight,
+            # Without label maps the class target is the image's own label already.
+            ground_truth=labels.root is not None and labels.ground_truth != "off",
+            corrected_ratio=labels.ground_truth == "corrected",
+        )
         self.optimizer = create_optimizer(self.model, config.optim)
         self.scaler = self.precision.scaler()
         if self.precision.name == "apex_o1":
@@ -59,8 +75,9 @@ class Learner:
         # After every rank got rank 0's weights; before, the ranks would average different ones.
         self.ema = create_ema(self.model, config.ema)
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            if state["scaler"]:  # empty where the run had none until now
+                self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
 
@@ -72,7 +89,16 @@ class Learner:
             model.load_state_dict(state["state_dict"])
         elif config.model.checkpoint:
             _logger.info("%s", load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema))
+        if config.loss.dense_weight == 0 and model.aux_head is not None:
+            # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
+            model.aux_head.requires_grad_(False)
+            _logger.warning(
+                "loss.dense_weight is 0: the token head keeps the weights it starts with, and evaluation adds half of "
+                "its largest logits; model.return_dense false (with mix.mix_token false) makes a network without it"
+            )
         if config.train.sync_bn and self.world.size > 1:
+            if self.world.device.type == "cpu":
+                raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
         return model.to(self.world.device, memory_format=memory_format)
@@ -94,11 +120,11 @@ class Learner:
         images, labels = normalise_and_erase(
             batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
         )  # [B, 3, H, W], [B]
-        targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
+        targets = self._targets(batch, labels)
         rng = generator(config.train.seed, "mix", *position)
         mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
         if mix is not None:
-            images, targets = apply_mix(images, mix), mix_targets(targets, mix)
+            images, targets = apply_mix(images, mix), self._mixed(targets, mix)
         mix_box = None
         if config.mix.mix_token:
             mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
@@ -111,6 +137,25 @@ class Learner:
             terms = self.loss.terms(output, targets, mix_box)
             self._backward(terms.total / self.plan.micro_batches)
         return terms
+
+    def _targets(self, batch: Batch, labels: Tensor) -> Tensor | TokenTargets:
+        """Return the targets of a batch: [B, C], or those of every token where there are label maps."""
+        config = self.config
+        targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
+        if batch.token_labels is None:
+            return targets
+        maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
+        return token_targets(maps, targets, config.loss.smoothing, config.token_label.smoothing == "published")
+
+    def _mixed(self, targets: Tensor | TokenTargets, mix: MixPlan) -> Tensor | TokenTargets:
+        """Return the targets of images that were mixed by MixUp or CutMix."""
+        if isinstance(targets, Tensor):
+            return mix_targets(targets, mix)
+        shares = token_shares(mix, self.grid, self.config.model.image_hw)  # [B, N]
+        if self.config.token_label.geometry == "reference":  # the published code gives every token the image's ratio
+            shares = mix.lam[:, None].expand_as(shares)
+        device = self.world.device
+        return targets.mixed(mix.lam.float().to(device), shares.float().to(device))
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.precision.name == "apex_o1":

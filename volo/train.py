@@ -19,7 +19,15 @@ from volo.data.decode import UnreadableImage
 from volo.distributed import World
 from volo.evaluate import Accuracy, evaluate
 from volo.optim import learning_rate
-from volo.prepare import BatchPlan, RunFolder, Splits, git_revision, make_eval_loader, make_train_loader
+from volo.prepare import (
+    BatchPlan,
+    RunFolder,
+    Splits,
+    git_revision,
+    make_eval_loader,
+    make_train_loader,
+    open_token_labels,
+)
 from volo.reporting import MetricsWriter
 from volo.reporting import Progress as ProgressBar
 from volo.signals import StopRequest
@@ -44,7 +52,8 @@ class Trainer:
         if state is not None:
             self.progress.load_state_dict(state["progress"])
         self.learner = Learner(config, world, self.plan, state)
-        self.loader = make_train_loader(config, splits.train, world, self.plan)
+        self.token_labels = open_token_labels(config, splits, self.learner.grid)
+        self.loader = make_train_loader(config, splits.train, world, self.plan, self.token_labels)
         self.failures: list[str] = []
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)

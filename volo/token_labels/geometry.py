@@ -1,0 +1,284 @@
+"""Where the tokens of an augmented image look in the label map of the whole image.
+
+One :class:`~volo.data.augment.Plan` a sample says what flip, RandAugment and crop do to the pixels; here the label
+map is led the same way. Two readings of it:
+
+- ``aligned``: the plan is one chain of affine maps from the network's input back to the image. Every token's centre
+  goes through it and reads the label map there, between the four cells around it. Points that left the image, or
+  any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
+- ``reference``: what the published code does, bit for bit, its errors included: the label map is flipped and warped
+  on its own coarse grid (no half-cell offset, no aspect ratio, zeros where it runs out), and the crop is pooled by
+  roi_align with rows and columns exchanged.
+
+Either way the result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the
+class token a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells a token. Points are (x, y) in [0, 1]
+of a canvas, with pixel i covering [i, i + 1).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from volo.data.augment import Plan
+from volo.data.crop import ResizedCrop
+from volo.data.rand_augment import Op
+from volo.token_labels.store import TokenLabelMap
+
+_MAX_POINTS_PER_AXIS = 4
+
+
+class TokenCells(NamedTuple):
+    """What each token takes from the cells of a label map.
+
+    Args:
+        scores: float32 [k, h * w], the label map's scores, warped in ``reference``.
+        classes: int64 [k, h * w].
+        cells: int64 [N, Q], cells of each token.
+        weights: float32 [N, Q], their weights; they sum to 1 for a token that lies in the image.
+        class_weights: float32 [h * w], weights of the cells in the class token's target.
+        valid: bool [N], tokens that see the image.
+    """
+
+    scores: np.ndarray
+    classes: np.ndarray
+    cells: np.ndarray
+    weights: np.ndarray
+    class_weights: np.ndarray
+    valid: np.ndarray
+
+
+def token_cells(
+    labels: TokenLabelMap,
+    plan: Plan,
+    image_hw: tuple[int, int],
+    out_hw: tuple[int, int],
+    grid: tuple[int, int],
+    mode: str,
+) -> TokenCells:
+    """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan`` to the tokens of ``grid``.
+
+    Args:
+        labels: Label map of the whole image.
+        plan: What happened to the pixels.
+        image_hw: Size of the image as it was decoded.
+        out_hw: Size of the network's input.
+        grid: (L_h, L_w), the network's final grid.
+        mode: "aligned" or "reference".
+    """
+    if mode == "reference":
+        return _reference_cells(labels, plan, image_hw, grid)
+    return _aligned_cells(labels, source_maps(plan, image_hw, out_hw), grid)
+
+
+# ------------------------------------------------------------------------------------------------ aligned
+
+
+def source_maps(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> list[np.ndarray]:
+    """Return the affine maps [2, 3] that lead a point of the network's input back to the image, in that order.
+
+    Each map takes a point of one canvas to the canvas before it; the last canvas is the image.
+    """
+    crop = _crop_map(plan, image_hw, out_hw)
+    flips = [_FLIP_X] * plan.hflip + [_FLIP_Y] * plan.vflip
+    canvas = image_hw if plan.order == "reference" else out_hw
+    ops = [m for op in reversed(plan.ops) if (m := op_map(op, canvas)) is not None]
+    return [crop, *ops, *flips] if plan.order == "reference" else [*ops, *flips, crop]
+
+
+_FLIP_X = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+_FLIP_Y = np.array([[1.0, 0.0, 0.0], [0.0, -1.0, 1.0]])
+
+
+def _crop_map(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:
+    crop = plan.crop
+    if isinstance(crop, ResizedCrop):
+        height, width = image_hw
+        return np.array([[crop.width / width, 0.0, crop.left / width], [0.0, crop.height / height, crop.top / height]])
+    height, width = out_hw
+    return np.array([[1.0, 0.0, crop.left / width], [0.0, 1.0, crop.top / height]])
+
+
+def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:
+    """Return where a RandAugment operation takes the content of a point from; None where it only changes colours.
+
+    Pillow's affine transforms look up the input at (a x + b y + c, d x + e y + f) for an output point (x, y) in
+    pixels; in units of the canvas the mixed terms carry its aspect ratio.
+    """
+    if op.resample is None:
+        return None
+    height, width = canvas
+    value = op.args[0]
+    if op.name == "ShearX":
+        a, b, c, d, e, f = 1.0, value * height / width, 0.0, 0.0, 1.0, 0.0
+    elif op.name == "ShearY":
+        a, b, c, d, e, f = 1.0, 0.0, 0.0, value * width / height, 1.0, 0.0
+    elif op.name == "TranslateXRel":
+        a, b, c, d, e, f = 1.0, 0.0, value, 0.0, 1.0, 0.0
+    elif op.name == "TranslateYRel":
+        a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, value
+    else:
+        assert op.name == "Rotate", op.name
+        cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
+        a, b, d, e = cos, -sin * height / width, sin * width / height, cos
+        c, f = 0.5 - 0.5 * (a + b), 0.5 - 0.5 * (d + e)  # the centre stays
+    return np.array([[a, b, c], [d, e, f]])
+
+
+def follow(maps: list[np.ndarray], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lead ``points`` [..., 2] through ``maps``; return where they end and whether every canvas contained them."""
+    inside = np.ones(points.shape[:-1], dtype=bool)
+    for matrix in maps:
+        points = points @ matrix[:, :2].T + matrix[:, 2]
+        inside &= ((points >= 0) & (points <= 1)).all(-1)
+    return points, inside
+
+
+def _aligned_cells(labels: TokenLabelMap, maps: list[np.ndarray], grid: tuple[int, int]) -> TokenCells:
+    height, width = labels.scores.shape[1:]
+    # Where a token spans several cells of the map it is looked up at several points, as roi_align would.
+    per_axis = [
+        min(max(math.ceil(n / side - 0.5), 1), _MAX_POINTS_PER_AXIS)
+        for n, side in zip((height, width), grid, strict=True)
+    ]
+    points = _token_points(grid, tuple(per_axis))  # [N, P, 2]
+    source, inside = follow(maps, points)
+    cells, weights = _between_cells(source, height, width)  # [N, P, 4]
+    weights *= inside[..., None]
+
+    seen = inside.sum(1)  # [N]
+    num_tokens, num_points = inside.shape
+    weights = weights.reshape(num_tokens, -1) / np.maximum(seen, 1)[:, None]
+    cells = cells.reshape(num_tokens, -1)
+    valid = seen * 2 >= num_points
+    class_weights = np.bincount(cells.ravel(), (weights * valid[:, None]).ravel(), minlength=height * width)
+    class_weights /= max(valid.sum(), 1)
+    return TokenCells(
+        labels.scores.reshape(len(labels.scores), -1).astype(np.float32),
+        labels.classes.reshape(len(labels.classes), -1).astype(np.int64),
+        cells,
+        weights.astype(np.float32),
+        class_weights.astype(np.float32),
+        valid,
+    )
+
+
+def _token_points(grid: tuple[int, int], per_axis: tuple[int, int]) -> np.ndarray:
+    """Return points [N, P, 2], (x, y), spread evenly over each token; P = product of ``per_axis`` (rows, columns)."""
+    rows, columns = ((np.arange(side * p) + 0.5) / (side * p) for side, p in zip(grid, per_axis, strict=True))
+    rows, columns = rows.reshape(grid[0], per_axis[0]), columns.reshape(grid[1], per_axis[1])
+    y = np.broadcast_to(rows[:, None, :, None], (grid[0], grid[1], *per_axis))
+    x = np.broadcast_to(columns[None, :, None, :], (grid[0], grid[1], *per_axis))
+    return np.stack([x, y], -1).reshape(grid[0] * grid[1], -1, 2)
+
+
+def _between_cells(points: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the four cells around each point and their bilinear weights, [..., 4] each.
+
+    The centre of cell (i, j) lies at ((j + 0.5) / width, (i + 0.5) / height); outside the outermost centres the
+    outermost cells hold.
+    """
+    x = np.clip(points[..., 0] * width - 0.5, 0, width - 1)
+    y = np.clip(points[..., 1] * height - 0.5, 0, height - 1)
+    left, top = np.minimum(x.astype(np.int64), max(width - 2, 0)), np.minimum(y.astype(np.int64), max(height - 2, 0))
+    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    dx, dy = x - left, y - top
+    cells = np.stack([top * width + left, top * width + right, bottom * width + left, bottom * width + right], -1)
+    weights = np.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], -1)
+    return cells, weights
+
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int], grid: tuple[int, int]) -> TokenCells:
+    assert plan.order == "reference" and isinstance(plan.crop, ResizedCrop), plan
+    scores, classes = labels.scores.astype(np.float32), labels.classes.astype(np.int64)
+    if plan.hflip:
+        scores, classes = scores[:, :, ::-1], classes[:, :, ::-1]
+    if plan.vflip:
+        scores, classes = scores[:, ::-1], classes[:, ::-1]
+    for op in plan.ops:
+        if op.resample is not None:
+            scores, classes = _warp(scores, op, fill_outside=True), _warp(classes, op, fill_outside=False)
+
+    height, width = scores.shape[1:]
+    crop = plan.crop
+    # The published code takes the size of the third axis for both, and hands (top, left, bottom, right) to
+    # roi_align, which reads them as (x, y, x, y).
+    corners = np.array(
+        [crop.top / image_hw[0], crop.left / image_hw[1], crop.height / image_hw[0], crop.width / image_hw[1]],
+        dtype=np.float32,
+    )
+    corners[2:] += corners[:2]
+    x1, y1, x2, y2 = corners * np.float32(width) - np.float32(0.5)
+    rows, row_weights = _pooled(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
+    columns, column_weights = _pooled(x1, x2, width, grid[1])
+    cells = rows[:, None, :, None] * width + columns[None, :, None, :]  # [L_h, L_w, R, R']
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+
+    num_tokens = grid[0] * grid[1]
+    all_rows, all_columns = _axis_weights(y1, y2, height, 1), _axis_weights(x1, x2, width, 1)  # [1, h], [1, w]
+    return TokenCells(
+        np.ascontiguousarray(scores.reshape(len(scores), -1)),
+        np.ascontiguousarray(classes.reshape(len(classes), -1)),
+        cells.reshape(num_tokens, -1),
+        weights.reshape(num_tokens, -1).astype(np.float32),
+        (all_rows.T @ all_columns).ravel().astype(np.float32),
+        np.ones(num_tokens, dtype=bool),
+    )
+
+
+def _warp(planes: np.ndarray, op: Op, fill_outside: bool) -> np.ndarray:
+    """Warp planes [k, h, w] to the nearest cell, in cell indices, as the published code warps its labels.
+
+    Outside, 0 is filled in, or the nearest cell on the edge is repeated.
+    """
+    height, width = planes.shape[1:]
+    row, column = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    value = op.args[0]
+    if op.name == "ShearX":
+        column = column + value * row
+    elif op.name == "ShearY":
+        row = row + value * column
+    elif op.name == "TranslateXRel":
+        column = column + value * width
+    elif op.name == "TranslateYRel":
+        row = row + value * height
+    else:
+        cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
+        r, c = row - height / 2, column - width / 2
+        row, column = cos * r + sin * c + height / 2, -sin * r + cos * c + width / 2
+    inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
+    nearest_row = np.floor(np.clip(row, 0, height - 1) + 0.5).astype(np.int64)
+    nearest_column = np.floor(np.clip(column, 0, width - 1) + 0.5).astype(np.int64)
+    warped = planes[:, nearest_row, nearest_column]
+    return np.where(inside, warped, 0).astype(planes.dtype) if fill_outside else warped
+
+
+def _axis_weights(start: np.float32, end: np.float32, size: int, bins: int) -> np.ndarray:
+    """Return the weight [bins, size] of each cell in each bin of roi_align (not aligned, adaptive) along one axis.
+
+    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least
+    one cell long, and points beyond one cell outside count nothing.
+    """
+    length = np.maximum(end - start, np.float32(1))  # in float32 like roi_align, whose ceil() hangs on it
+    per_bin = math.ceil(length / np.float32(bins))
+    points = float(start) + (np.arange(bins * per_bin) + 0.5) * (float(length) / bins / per_bin)
+    counted = (points >= -1) & (points <= size)
+    low = np.minimum(np.maximum(points, 0).astype(np.int64), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    share = np.where(low == size - 1, 0.0, np.maximum(points, 0) - low)
+    weights = np.zeros((bins * per_bin, size))
+    index = np.arange(bins * per_bin)
+    np.add.at(weights, (index, low), (1 - share) * counted)
+    np.add.at(weights, (index, high), share * counted)
+    return weights.reshape(bins, per_bin, size).mean(1)
+
+
+def _pooled(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cells that have a weight in each bin, and the weights, [bins, R] each."""
+    weights = _axis_weights(start, end, size, bins)
+    span = max(int((weights > 0).sum(1).max()), 1)
+    cells = np.argsort(-weights, axis=1, kind="stable")[:, :span]
+    return cells, np.take_along_axis(weights, cells, axis=1)

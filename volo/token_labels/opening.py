@@ -1,0 +1,77 @@
+"""Opening token labels of either layout, and making sure that they belong to a data set. n images."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from volo.token_labels.published import PublishedLabels
+from volo.token_labels.store import FILES, HEADER, TokenLabelStore
+
+
+def open_labels(path: str | os.PathLike) -> TokenLabelStore | PublishedLabels:
+    """Open a packed store, or a folder in the published layout: what is inside decides.
+
+    Raises:
+        ValueError: Neither of them, or a store that is not whole.
+    """
+    if any((Path(path) / name).exists() for name in (HEADER, *FILES)):
+        return TokenLabelStore(path)
+    return PublishedLabels(path)
+
+
+def check_covers(
+    labels: TokenLabelStore | PublishedLabels, keys: Sequence[str], num_classes: int, classes: tuple[str, ...] | None
+) -> np.ndarray:
+    """Return the entry of each image, int64 [n], once it is sure that the labels belong to the images.
+
+    Published labels do not say how many classes their teacher had; from here on reading them refuses class indices
+    of ``num_classes`` and above.
+
+    Args:
+        labels: The labels.
+        keys: :func:`volo.token_labels.label_key` of each image.
+        num_classes: Classes of the data set.
+        classes: Their names in index order; None where they are not known.
+
+    Raises:
+        ValueError: Another number or order of classes, images without a label, or images of one key.
+    """
+    header = labels.header
+    if header.num_classes is None:
+        labels.expect_classes(num_classes)
+    elif header.num_classes != num_classes:
+        raise ValueError(
+            f"{labels.path}: the teacher {header.teacher} had {header.num_classes:,} classes, the data set has "
+            f"{num_classes:,}; generate labels with a teacher of these classes"
+        )
+    if header.classes is not None and classes is not None and header.classes != tuple(classes):
+        index = next(i for i, (a, b) in enumerate(zip(header.classes, classes, strict=True)) if a != b)
+        raise ValueError(
+            f"{labels.path}: the teacher {header.teacher} knew other classes or another order: class {index} is "
+            f"{header.classes[index]!r} there and {classes[index]!r} in the data set. Give the class list of the "
+            "teacher (data.class_list), or generate labels with a teacher of these classes"
+        )
+    if len(set(keys)) != len(keys):
+        repeated = sorted(key for key, count in Counter(keys).items() if count > 1)
+        raise ValueError(
+            f"{len(repeated)} names belong to several images that differ in the suffix alone, so they would share a "
+            f"label: {_some(repeated)}. Rename all but one, and generate labels again"
+        )
+    entries = labels.find(keys)
+    missing = np.flatnonzero(entries < 0)
+    if len(missing):
+        raise ValueError(
+            f"{labels.path} has no label for {len(missing):,} of {len(keys):,} images: "
+            f"{_some([keys[i] for i in missing])}. It has labels called like {labels.key(0)!r}: is it the store of "
+            "another image folder? Give the one of this folder, or generate labels for it with "
+            "scripts/generate_token_labels.py"
+        )
+    return entries
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

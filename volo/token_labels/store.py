@@ -1,0 +1,282 @@
+"""The packed label store: what it holds, and reading it.
+
+k top scores a cell, h x w cells (rows, columns) of a label map, which may differ from entry to entry; n entries, C
+classes of the teacher. A store is a folder:
+
+    scores.bin    float16, the raw logits [k, h, w] of entry 0, then those of entry 1, ...
+    classes.bin   int16, their class indices, laid out alike
+    entries.bin   for every entry: where its map begins, where its key ends, height, width (ENTRY)
+    keys.bin      the keys, UTF-8, one after the other
+    index.bin     uint64 [n], the keys' hashes in ascending order, then int64 [n], the entry of each hash
+    header.json   format, version, StoreHeader, and size and SHA-256 of every file above
+
+All numbers are little-endian. The files are mapped into memory read-only and shared: however many workers and ranks
+read them, the machine holds each page once.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+FORMAT = "volo token labels"
+VERSION = 1
+HEADER = "header.json"
+FILES = ("scores.bin", "classes.bin", "entries.bin", "keys.bin", "index.bin")
+GEOMETRIES = ("whole_image", "reference")
+MAX_CLASSES = 1 << 15  # class indices are int16
+
+# First value of the map in scores.bin and classes.bin, end of the key in keys.bin, height, width.
+ENTRY = struct.Struct("<qqii")
+_ENTRY_FIELDS = np.dtype([("start", "<i8"), ("key_end", "<i8"), ("height", "<i4"), ("width", "<i4")])
+
+
+class TokenLabelMap(NamedTuple):
+    """What a teacher saw in each cell of one image.
+
+    Args:
+        scores: float16 [k, h, w], raw logits of the k best classes of each cell.
+        classes: int16 [k, h, w], the indices of those classes.
+    """
+
+    scores: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What all entries have in common.
+
+    Args:
+        teacher: Name of the network that gave the labels.
+        geometry: What a map covers: "whole_image", or "reference" for the centre crop that the published labels
+            were made from, which the published code treats as if it were the whole image.
+        top_k: Scores a cell, k.
+        num_classes: Classes of the teacher, C; None where it is not known.
+        classes: Their C names in index order; None where they are not known.
+        entries: Number of label maps, n.
+    """
+
+    teacher: str
+    geometry: str
+    top_k: int
+    num_classes: int | None
+    classes: tuple[str, ...] | None
+    entries: int
+
+
+def label_key(relative_image_path: str) -> str:
+    """Return the key of an image's label: its path without the last suffix, "n01440764/n01440764_10026"."""
+    return os.path.splitext(relative_image_path)[0].replace(os.sep, "/")
+
+
+def encode_key(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")  # as Python names files whose names are not UTF-8
+
+
+def hash_keys(keys: Sequence[bytes]) -> np.ndarray:
+    """Return the keys' 64-bit hashes, uint64 [n], the same on every machine."""
+    digests = b"".join([hashlib.blake2b(key, digest_size=8).digest() for key in keys])
+    return np.frombuffer(digests, "<u8")
+
+
+def check_map(label: TokenLabelMap, top_k: int, num_classes: int | None, where: str) -> None:
+    """Raise ValueError, beginning with ``where``, if the map's shape, classes or scores cannot be."""
+    shape = label.scores.shape
+    if len(shape) != 3 or shape[0] != top_k or 0 in shape or label.classes.shape != shape:
+        raise ValueError(
+            f"{where}: scores {list(shape)} and classes {list(label.classes.shape)}, but both should be "
+            f"[{top_k}, height, width], top {top_k} as in the other entries; generate this label again"
+        )
+    lowest, highest = int(label.classes.min()), int(label.classes.max())
+    if lowest < 0 or (num_classes is not None and highest >= num_classes):
+        wrong = lowest if lowest < 0 else highest
+        allowed = "0 or more" if num_classes is None else f"0 ... {num_classes - 1}"
+        raise ValueError(
+            f"{where}: class index {wrong}, allowed is {allowed}; give the number of classes that the teacher had, "
+            "or generate this label again"
+        )
+    if not np.isfinite(label.scores).all():
+        raise ValueError(f"{where}: scores that are NaN or beyond float16; generate this label again")
+
+
+class TokenLabelStore:
+    """A packed store, open for reading. It may be forked, and pickled: the copy maps the same files.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        ValueError: Not a store, of another version, or not whole.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).absolute()
+        self._header_bytes = _read_header(self.path)
+        self.header, self._files = _parse_header(self._header_bytes, self.path)
+        maps = {name: self._map(name, record["bytes"]) for name, record in self._files.items()}
+        self._scores, self._classes = maps["scores.bin"], maps["classes.bin"]
+        self._keys, self._entries = maps["keys.bin"], maps["entries.bin"]
+        index = np.frombuffer(maps["index.bin"], "<u8")
+        self._hashes, self._order = index[: len(self)], index[len(self) :].view("<i8")
+        self._check_entries()
+
+    def __len__(self) -> int:
+        return self.header.entries
+
+    def __reduce__(self):
+        return _reopen, (self.path, self._header_bytes)
+
+    def read(self, entry: int) -> TokenLabelMap:
+        """Return the map of an entry: read-only views of the mapped files, not copies."""
+        assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
+        start, _, height, width = ENTRY.unpack_from(self._entries, entry * ENTRY.size)
+        shape = (self.header.top_k, height, width)
+        count = shape[0] * height * width
+        scores = np.frombuffer(self._scores, "<f2", count, 2 * start)
+        classes = np.frombuffer(self._classes, "<i2", count, 2 * start)
+        return TokenLabelMap(scores.reshape(shape), classes.reshape(shape))
+
+    def key(self, entry: int) -> str:
+        """Return the key of an entry."""
+        assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
+        ends = self._fields()["key_end"]
+        begin = int(ends[entry - 1]) if entry else 0
+        return self._keys[begin : int(ends[entry])].decode("utf-8", "surrogateescape")
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the entry of each key, int64 [n]; -1 where there is none."""
+        encoded = [encode_key(key) for key in keys]
+        hashes = hash_keys(encoded)
+        first = np.searchsorted(self._hashes, hashes)  # [n], the first of equal hashes
+        candidate = self._order[np.minimum(first, len(self) - 1)]
+        ends = self._fields()["key_end"]
+        begins = np.where(candidate > 0, ends[candidate - 1], 0)
+        bounds = zip(begins.tolist(), ends[candidate].tolist(), strict=True)
+        same = [self._keys[a:b] == key for (a, b), key in zip(bounds, encoded, strict=True)]
+        found = np.where(np.array(same, dtype=bool), candidate, -1)
+        # Where another key has the hash of this one, ours may stand behind it.
+        clash = (found < 0) & (first < len(self)) & (self._hashes[np.minimum(first, len(self) - 1)] == hashes)
+        for i in np.flatnonzero(clash).tolist():
+            last = np.searchsorted(self._hashes, hashes[i], side="right")
+            others = self._order[first[i] : last].tolist()
+            found[i] = next((entry for entry in others if self.key(entry) == keys[i]), -1)
+        return found
+
+    def verify_checksums(self) -> None:
+        """Read every file from end to end; ValueError names one that is not what was packed."""
+        for name, record in self._files.items():
+            with open(self.path / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != record["sha256"]:
+                raise ValueError(
+                    f"{self.path / name} has changed since it was packed (SHA-256 {found[:12]}..., expected "
+                    f"{record['sha256'][:12]}...); copy the store again, or pack it again"
+                )
+
+    def _fields(self) -> np.ndarray:
+        return np.frombuffer(self._entries, _ENTRY_FIELDS)
+
+    def _map(self, name: str, size: int) -> mmap.mmap:
+        path = self.path / name
+        try:
+            with open(path, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise _incomplete(path, f"{found:,} bytes instead of {size:,}")
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise _incomplete(path, "missing") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+    def _check_entries(self) -> None:
+        """Make sure that no entry points outside the files: it would be read as someone else's labels."""
+        entries = self._fields()
+        sizes = self.header.top_k * entries["height"].astype(np.int64) * entries["width"]
+        ends = np.cumsum(sizes)
+        if (
+            sizes.min() <= 0
+            or not np.array_equal(entries["start"], ends - sizes)
+            or 2 * ends[-1] != len(self._scores)
+            or np.diff(entries["key_end"], prepend=0).min() < 0
+            or entries["key_end"][-1] != len(self._keys)
+        ):
+            raise _incomplete(self.path / "entries.bin", "not the table of the files beside it")
+
+
+def _reopen(path: Path, header_bytes: bytes) -> TokenLabelStore:
+    """Unpickle a store: open the same folder again."""
+    store = TokenLabelStore(path)
+    if store._header_bytes != header_bytes:
+        # Entry numbers found in the old store would name other images in this one.
+        raise ValueError(f"{path} was replaced by another store while it was in use; start the run again")
+    return store
+
+
+def _incomplete(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is {what}: the store is not whole. Copy it again, or pack it again")
+
+
+def _read_header(path: Path) -> bytes:
+    try:
+        return (path / HEADER).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{path} is not a store of token labels (it has no {HEADER}); give the folder that "
+            "scripts/pack_token_labels.py wrote, or pack it again where packing was interrupted"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path / HEADER} cannot be read: {error.strerror}") from error
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether ``path`` is a store of ours, of whatever version and in whatever state."""
+    try:
+        return json.loads((path / HEADER).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]]:
+    """Return the header and the record, size and checksum, of each file."""
+    try:
+        values = json.loads(text)
+        known = values["format"] == FORMAT
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path / HEADER} is not the header of a store of token labels; pack it again") from error
+    if not known:
+        raise ValueError(f"{path} is not a store of token labels but of {values['format']!r}")
+    if values.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is of version {values.get('version')!r} of its format, and this code reads version {VERSION}: "
+            "pack it again with this code, or read it with the code that wrote it"
+        )
+    try:
+        classes = values["classes"]
+        header = StoreHeader(
+            teacher=str(values["teacher"]),
+            geometry=str(values["geometry"]),
+            top_k=int(values["top_k"]),
+            num_classes=int(values["num_classes"]),
+            classes=None if classes is None else tuple(classes),
+            entries=int(values["entries"]),
+        )
+        files = {name: values["files"][name] for name in FILES}
+        sizes = {name: int(record["bytes"]) for name, record in files.items()}
+        whole = all(len(record["sha256"]) == 64 for record in files.values()) and header.entries > 0
+    except (LookupError, TypeError, ValueError) as error:
+        raise _incomplete(path / HEADER, f"damaged ({type(error).__name__}: {error})") from error
+    expected = {"entries.bin": ENTRY.size * header.entries, "index.bin": 16 * header.entries}
+    if not whole or any(sizes[name] != size for name, size in expected.items()):
+        raise _incomplete(path / HEADER, "damaged (its numbers do not fit each other)")
+    if sizes["scores.bin"] != sizes["classes.bin"]:
+        raise _incomplete(path / HEADER, "damaged (as many classes as scores are due)")
+    return header, files
