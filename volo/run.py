@@ -41,7 +41,8 @@ def run_training(config: Config) -> int:
     finished = trainer.fit()
     trainer.writer.close()
     if world.is_main:
-        plot_curves(run.metrics, run.curves, title=run.path.name)
+        if run.metrics.exists():  # not where the run was stopped before its first step
+            plot_curves(run.metrics, run.curves, title=run.path.name)
         if finished:
             _logger.info("%s", closing_words(trainer))
     return DONE if finished else STOPPED
