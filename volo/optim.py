@@ -1,10 +1,11 @@
 """Optimizer, learning rate and weight average."""
 
+import difflib
 import logging
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -21,31 +22,66 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
     Raises ValueError for an unknown name, or where Apex is asked for and NVIDIA's is not installed.
     """
-    if config.implementation == "apex":
-        if config.name != "adamw":
-            raise ValueError(
-                f"optim.implementation 'apex' is FusedAdam in AdamW mode; optim.name is '{config.name}'. "
-                "Use optim.name adamw, or optim.implementation torch"
-            )
-        factory_args = {"opt": fused_adam}
-    else:
-        factory_args = {"opt": config.name}
-        if config.name in _FUSED_IN_TORCH:
-            factory_args["fused"] = True
-    if config.name != "sgd":
-        factory_args |= {"betas": tuple(config.betas), "eps": config.eps}
-    try:
-        optimizer = create_optimizer_v2(
-            model, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True, **factory_args
-        )
-    except (AssertionError, ValueError, TypeError) as error:
-        raise ValueError(f"optim.name '{config.name}': {error}") from error
+    optimizer = _fused_adam(model, config) if config.implementation == "apex" else _of_timm(model, config)
     _logger.info(describe_groups(optimizer))
     return optimizer
 
 
-def fused_adam(parameters, **kwargs) -> torch.optim.Optimizer:
+def _of_timm(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    _check_name(config)
+    fused = {"fused": True} if config.name in _FUSED_IN_TORCH else {}
+    try:  # the factory leaves betas and eps out for an optimizer that has none
+        optimizer = create_optimizer_v2(
+            model,
+            config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            **fused,
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"optim.name '{config.name}': {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"optim.name '{config.name}' needs second derivatives, which this training loop does not take")
+    return optimizer
+
+
+def _check_name(config: OptimConfig) -> None:
+    """Raise ValueError where there is no optimizer ``optim.name`` or it takes another number of betas."""
+    name = config.name.removeprefix("lookahead_")
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.5) or ["adamw", "lamb", "sgd"]
+        raise ValueError(
+            f"optim.name '{config.name}' is not one of timm's {len(list_optimizers())} optimizers; near it are "
+            f"{', '.join(near)}"
+        )
+    info = get_optimizer_info(name)
+    if info.has_betas and info.num_betas != len(config.betas):
+        raise ValueError(
+            f"optim.name '{config.name}' takes {info.num_betas} betas, and optim.betas is {config.betas}: give "
+            f"{info.num_betas} numbers"
+        )
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load ``state``, but keep the weight decay, betas and eps that the optimizer was made with.
+
+    torch takes them over from the checkpoint, where they would overrule what the user changed on resuming.
+    """
+    kept = [{k: g[k] for k in ("weight_decay", "betas", "eps") if k in g} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group.update(options)
+
+
+def _fused_adam(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return NVIDIA Apex's FusedAdam in AdamW mode; ValueError where that Apex is not installed."""
+    if config.name != "adamw":
+        raise ValueError(
+            f"optim.implementation 'apex' is FusedAdam in AdamW mode; optim.name is '{config.name}'. Use optim.name "
+            "adamw, or optim.implementation torch"
+        )
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -54,7 +90,8 @@ def fused_adam(parameters, **kwargs) -> torch.optim.Optimizer:
             "Apex from NVIDIA's source (README; the PyPI package of that name is something else), or use "
             "optim.implementation torch: torch's fused AdamW does the same arithmetic"
         ) from error
-    return FusedAdam(parameters, adam_w_mode=True, **kwargs)
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    return FusedAdam(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, adam_w_mode=True)
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
