@@ -43,12 +43,12 @@ def make_batch(size: int, seed: int = 0, side: int = 32, num_classes: int = 3) -
     )
 
 
-@pytest.fixture(name="tiny_config")
+@pytest.fixture(name="tiny_config", scope="session")
 def tiny_config_fixture():
     return tiny_config
 
 
-@pytest.fixture(name="make_batch")
+@pytest.fixture(name="make_batch", scope="session")
 def make_batch_fixture():
     return make_batch
 
