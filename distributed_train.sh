@@ -31,6 +31,7 @@ is_number "$num_processes" && [ "$num_processes" -ge 1 ] ||
     usage_error "N is '$num_processes'; it is the number of processes on this machine, 1 or more, and comes first"
 
 place=(--nproc_per_node "$num_processes")
+served_port= # by this machine, where the others look for it
 if [ -n "${RDZV_ENDPOINT:-}" ]; then
     [ -n "${NNODES:-}" ] || usage_error "RDZV_ENDPOINT is set but NNODES is not: set it to the number of machines"
     place+=(--nnodes "$NNODES" --rdzv_backend "${RDZV_BACKEND:-c10d}")
@@ -40,8 +41,11 @@ elif [ "${NNODES:-1}" != 1 ]; then
     is_number "${NODE_RANK:-}" && [ "$NODE_RANK" -lt "$NNODES" ] ||
         usage_error "NODE_RANK is '${NODE_RANK:-}'; with NNODES=$NNODES it is 0 ... $((NNODES - 1)), one a machine"
     [ -n "${MASTER_ADDR:-}" ] || usage_error "set MASTER_ADDR to the address of the machine with NODE_RANK=0"
+    MASTER_PORT=${MASTER_PORT:-29500}
+    is_number "$MASTER_PORT" || usage_error "MASTER_PORT is '$MASTER_PORT'; it is a port number"
     place+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
-    place+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+    place+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    [ "$NODE_RANK" != 0 ] || served_port=$MASTER_PORT
 else
     place+=(--standalone) # a free port of its own: runs on one machine never clash
 fi
@@ -54,6 +58,26 @@ if [ -z "${PYTHON:-}" ]; then
         PYTHON=$(command -v python || command -v python3) ||
             { echo "distributed_train.sh: error: no Python found; run scripts/setup.sh, or set PYTHON" >&2; exit 1; }
     fi
+fi
+
+# --- The port, before torchrun's own words on it, which fill a screen
+if [ -n "$served_port" ]; then
+    "$PYTHON" -c '
+import socket, sys
+port = int(sys.argv[1])
+try:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+except (OSError, OverflowError) as error:
+    sys.exit(f"distributed_train.sh: error: port {port} cannot be used on this machine ({error}); "
+             "set MASTER_PORT to a free one, the same on every machine")' "$served_port" || exit 1
+fi
+
+# --- CPU threads of each process; torchrun would make it one, whatever the machine has
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / num_processes))
+    export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
 fi
 
 # --- Run. torchrun makes 1 of every exit code of its processes, so rank 0 leaves its own in this file.

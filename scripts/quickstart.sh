@@ -12,14 +12,7 @@ bash scripts/setup.sh
 python=.venv/bin/python
 "$python" scripts/make_digits.py --output data/digits
 
-# --- Processes, and the CPU threads each may use
-plan=$("$python" -c '
-import os, torch
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-processes = min(gpus, 2) or 2
-print(processes, max(1, cores // processes), "GPU" if gpus else "CPU", cores)')
-read -r processes threads device cores <<<"$plan"
+processes=$("$python" -c 'import torch; c = torch.cuda; print((min(2, c.device_count()) if c.is_available() else 0) or 2)')
 
 # --- A run folder of its own: what an earlier quickstart left stays as it is. mkdir takes the name for us alone.
 mkdir -p runs
@@ -32,12 +25,12 @@ done
 run=runs/$name
 
 # --- Train and evaluate
-echo "Training on $processes processes, $device: runs/$name"
+echo "Training with $processes processes: runs/$name"
 started=$SECONDS
-OMP_NUM_THREADS=$threads PYTHON=$python ./distributed_train.sh "$processes" --config configs/quickstart.yaml \
+PYTHON=$python ./distributed_train.sh "$processes" --config configs/quickstart.yaml \
     --train.name "$name" --train.resume never "$@"
 echo "Trained in $((SECONDS - started)) s. Evaluating the best checkpoint:"
-OMP_NUM_THREADS=$cores "$python" validate.py --config "$run/config.yaml" --checkpoint "$run/best.pt"
+"$python" validate.py --config "$run/config.yaml" --checkpoint "$run/best.pt"
 
 "$python" -c '
 import json, sys

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -267,6 +268,7 @@ def test_launcher_passes_the_place_on(launcher, env, place):
         (["2"], {"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK is ''"),
         (["2"], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK is '2'; with NNODES=2 it is 0 ... 1"),
         (["2"], {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         (["2"], {"RDZV_ENDPOINT": "a:1"}, "NNODES"),
     ],
 )
@@ -277,6 +279,29 @@ def test_launcher_refuses_wrong_usage_before_any_work(launcher, words, env, told
     assert usage.startswith("usage: distributed_train.sh N ")
     assert told in error
     assert not launcher.record.exists()
+
+
+def test_launcher_says_that_the_port_is_in_use(launcher):
+    launcher.python = Path(sys.executable)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = launcher(1, **place)
+    assert done.returncode == 1
+    [told] = done.stderr.splitlines()
+    assert f"port {port} cannot be used on this machine" in told
+    assert "MASTER_PORT" in told
+
+
+def test_launcher_shares_the_cores_among_the_processes(launcher):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for processes, threads in ((1, cores), (cores, 1), (cores + 1, 1)):
+        assert launcher(processes).returncode == 0
+        assert launcher.seen()["env"]["OMP_NUM_THREADS"] == str(threads)
+    assert launcher(1, OMP_NUM_THREADS="7").returncode == 0
+    assert launcher.seen()["env"]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -478,7 +503,7 @@ FAKE_RUN = """
 words = sys.argv[1:]
 log = Path(os.environ["RECORD"])
 if words[0] == "-c" and "torch" in words[1]:
-    print("2 1 CPU 2")  # importing PyTorch takes longer than all the rest
+    print(2)  # importing PyTorch takes longer than all the rest
 elif words[0] == "-c":
     os.execv(sys.executable, [sys.executable, *words])
 elif words[:2] == ["-m", "torch.distributed.run"]:
