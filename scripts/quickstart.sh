@@ -27,7 +27,7 @@ run=runs/$name
 # --- Train and evaluate
 echo "Training with $processes processes: runs/$name"
 started=$SECONDS
-PYTHON=$python ./distributed_train.sh "$processes" --config configs/quickstart.yaml \
+NNODES=1 RDZV_ENDPOINT="" PYTHON=$python ./distributed_train.sh "$processes" --config configs/quickstart.yaml \
     --train.name "$name" --train.resume never "$@"
 echo "Trained in $((SECONDS - started)) s. Evaluating the best checkpoint:"
 "$python" validate.py --config "$run/config.yaml" --checkpoint "$run/best.pt"
