@@ -32,9 +32,16 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
     if main_process and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         # Opened by the first message: a run that is refused leaves the folder of another as it was.
-        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8", delay=True)
+        file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that leaves out what a full disk does not take: the console has it, and the next save ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print no traceback a message, as logging does by itself."""
 
 
 class _BarSafeHandler(logging.StreamHandler):
