@@ -1,0 +1,299 @@
+"""scripts/pack_token_labels.py: what it makes of a folder of label files, and how it ends.
+
+Most tests call its body; those about the command line, its exit codes and its end by a signal run the program.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from volo.data.records import imagenet_classes
+from volo.program import UsageError
+from volo.token_labels import TokenLabelStore, open_labels
+from volo.token_labels.pack import Options, run_packing
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pack_token_labels.py"
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger():
+    yield
+    logger = logging.getLogger("volo")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+
+
+def label(seed: int, h: int = 3, w: int = 4, num_classes: int = 1000) -> torch.Tensor:
+    """A label file's tensor, float16 [2, 5, h, w]."""
+    rng = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, num_classes, (5, h, w), generator=rng)
+    return torch.stack([torch.randn(5, h, w, generator=rng), classes.float()]).half()
+
+
+def save(root: Path, labels: dict[str, torch.Tensor]) -> Path:
+    for stem, tensor in labels.items():
+        path = root / f"{stem}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensor, path)
+    return root
+
+
+LABELS = {f"n{i % 3}/n{i % 3}_{i}": label(i, 3 + i % 2, 4) for i in range(12)}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return save(tmp_path / "labels", LABELS)
+
+
+def pack(source: Path, **options) -> TokenLabelStore:
+    output = source.parent / "store"
+    assert run_packing(Options(str(source), str(output), **options)) == 0
+    return TokenLabelStore(output)
+
+
+def assert_holds(store: TokenLabelStore, labels: dict[str, torch.Tensor]) -> None:
+    assert len(store) == len(labels)
+    for entry, (key, tensor) in zip(store.find([*labels]).tolist(), labels.items(), strict=True):
+        assert entry >= 0, key
+        scores, classes = store.read(entry)
+        np.testing.assert_array_equal(scores, tensor[0].numpy())
+        np.testing.assert_array_equal(classes, tensor[1].numpy())
+
+
+class Program:
+    """The script in a process forked from this one, which has the seconds of imports behind it."""
+
+    def __init__(self, *words):
+        reading, writing = os.pipe()
+        self._process = FORK.Process(target=_be_the_program, args=([*map(str, words)], writing))
+        self._process.start()
+        os.close(writing)
+        self._out = open(reading, encoding="utf-8")  # noqa: SIM115 (closed by end)
+        self.pid = self._process.pid
+
+    def follow(self, words: str) -> None:
+        """Read its output up to a line that holds ``words``."""
+        seen = []
+        for line in self._out:
+            seen.append(line)
+            if words in line:
+                return
+        raise AssertionError(f"no line with {words!r}: {seen}")
+
+    def end(self) -> tuple[int, list[str]]:
+        """Wait for it; return its exit code and the lines it has printed since."""
+        lines = self._out.read().splitlines()
+        self._out.close()
+        self._process.join()
+        return self._process.exitcode, lines
+
+
+def _be_the_program(words: list[str], descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    sys.argv = [str(SCRIPT), *words]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# ------------------------------------------------------------------------------------------------ what is packed
+
+
+def test_published_labels_are_packed(source, capsys):
+    (source / "readme.txt").touch()
+    store = pack(source)
+    assert_holds(store, LABELS)
+    store.verify_checksums()
+    header = store.header
+    assert (header.teacher, header.geometry, header.top_k, header.num_classes) == ("published", "reference", 5, 1000)
+    assert header.classes == imagenet_classes()
+    out = capsys.readouterr().out
+    size = sum(file.stat().st_size for file in store.path.iterdir())
+    assert f"store: 12 entries, maps 3x4 (6), 4x4 (6), {size:,} bytes in 6 files" in out
+    assert "1 files of other kinds were left out" in out
+    assert "packing  step 12/12" in out and "ETA" in out
+
+
+def test_labels_of_an_own_data_set(tmp_path):
+    labels = {f"deep/er/x{i}": label(i, num_classes=7) for i in range(3)} | {"top": label(9, num_classes=7)}
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join("abcdefg"))
+    store = pack(
+        save(tmp_path / "labels", labels), teacher="mine", geometry="whole_image", class_list=str(names), num_classes=7
+    )
+    assert_holds(store, labels)
+    assert (store.header.teacher, store.header.geometry, store.header.classes) == ("mine", "whole_image", (*"abcdefg",))
+
+
+def test_number_of_classes_without_their_names(tmp_path):
+    store = pack(save(tmp_path / "labels", {"a/x": label(0, num_classes=7)}), num_classes=7)
+    assert (store.header.num_classes, store.header.classes) == (7, None)
+
+
+def test_images_give_the_keys_where_file_names_were_cut(tmp_path, capsys):
+    """The published code calls the label of "n1/a.b.JPEG" "n1/a.pt"; our key of that image is "n1/a.b"."""
+    source = save(tmp_path / "labels", {"n1/a": label(0), "n1/c": label(1), "n1/spare": label(2)})
+    for name in ("n1/a.b.JPEG", "n1/c.png", "n1/notes.txt", ".hidden.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    store = pack(source, images=str(tmp_path / "images"))
+    assert_holds(store, {"n1/a.b": label(0), "n1/c": label(1), "n1/spare": label(2)})
+    assert "2 images have a label each; 1 labels belong to none of them" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_images_without_a_label_are_refused_before_any_work(source, tmp_path):
+    images = tmp_path / "images"
+    (images / "n0").mkdir(parents=True)
+    for i in range(13):
+        (images / "n0" / f"n0_{i}.JPEG").touch()
+    with pytest.raises(UsageError, match="no label for 9 of 13 images: n0/n0_1, .*another image folder"):
+        pack(source, images=str(images))
+    with pytest.raises(UsageError, match="--images is .*none'"):
+        pack(source, images=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"holds no image \(.jpg"):
+        pack(source, images=str(source))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_list": "imagnet"}, "--class_list is 'imagnet'; it takes \"imagenet\" or a text file"),
+        ({"class_list": "imagenet", "num_classes": 10}, "--num_classes is 10, but --class_list imagenet names 1,000"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": 40000}, "1 ... 32,768"),
+        ({"num_classes": 4}, r"top_k is 5, allowed is 1 \.\.\. 4"),
+    ],
+)
+def test_wrong_options(source, options, message):
+    with pytest.raises(UsageError, match=message):
+        pack(source, **options)
+    assert [p.name for p in source.parent.iterdir()] == ["labels"]
+
+
+def test_an_existing_store_is_replaced_only_when_asked(source):
+    pack(source)
+    save(source, {"new/x": label(77)})
+    with pytest.raises(UsageError, match="store exists already; .*--overwrite true"):
+        pack(source)
+    assert_holds(open_labels(source.parent / "store"), LABELS)
+    assert_holds(pack(source, overwrite=True), LABELS | {"new/x": label(77)})
+    with pytest.raises(UsageError, match="labels exists and is not a store"):
+        run_packing(Options(str(source), str(source), overwrite=True))
+
+
+@pytest.mark.parametrize("stem", ["a/first", "n2/zlast"])
+def test_a_wrong_label_file_is_named_and_nothing_is_left(source, stem):
+    save(source, {stem: torch.zeros(2, 5, 3)})
+    with pytest.raises(ValueError, match=rf"{stem}.pt is not a token label: its shape is \[2, 5, 3\]"):
+        pack(source)
+    assert [p.name for p in source.parent.iterdir()] == ["labels"]
+
+
+def test_a_full_disk_is_a_plain_failure(source, monkeypatch):
+    import volo.token_labels.writer as writer
+
+    real = writer._HashedFile.write
+
+    def write(self, data):
+        if self._file.name.endswith("index.bin"):
+            raise OSError(28, "No space left on device")
+        real(self, data)
+
+    monkeypatch.setattr(writer._HashedFile, "write", write)
+    with pytest.raises(ValueError, match="store could not be written: No space left on device; nothing is left of it"):
+        pack(source)
+    assert [p.name for p in source.parent.iterdir()] == ["labels"]
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def test_command_line_mistakes(tmp_path):
+    for words, told in (
+        ([], "--source, --output"),
+        (["--source", "x", "--output", "y", "--geometry", "crop"], "--geometry: invalid choice: 'crop'"),
+        (["--source", "x", "--output", "y", "--over", "true"], "unrecognized arguments: --over true"),
+    ):
+        code, lines = Program(*words).end()
+        assert code == 2 and told in lines[-1], lines
+
+
+def test_program_ends_with_its_reason(source, tmp_path):
+    code, lines = Program("--source", tmp_path / "none", "--output", tmp_path / "store").end()
+    assert code == 2 and lines[-1].startswith(f"error: {tmp_path}/none is not a folder; ")
+    save(source, {"n1/bad": label(0) * torch.nan})
+    code, lines = Program("--source", source, "--output", tmp_path / "store").end()
+    assert code == 1 and lines[-1].startswith(f"error: {source}/n1/bad.pt is not a token label: "), lines
+    assert [p.name for p in tmp_path.iterdir()] == ["labels"]
+
+
+STUCK = "n1/n1_10"
+
+
+@pytest.fixture
+def stuck(source):
+    """A packing that waits in the middle: one of its label files is a pipe that nobody writes to."""
+    (source / f"{STUCK}.pt").unlink()
+    os.mkfifo(source / f"{STUCK}.pt")
+    program = Program("--source", source, "--output", source.parent / "store")
+    program.follow("packing  step 5/12")  # four files of n0, and n1/n1_1
+    yield program
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(program.pid, signal.SIGKILL)
+
+
+def test_killed_program_leaves_nothing_that_opens(source, stuck, capsys):
+    parent = source.parent
+    with pytest.raises(UsageError, match="another process is writing"):
+        pack(source)
+    os.kill(stuck.pid, signal.SIGKILL)
+    assert stuck.end()[0] == -signal.SIGKILL
+    left = [p for p in parent.iterdir() if p != source]
+    assert [p.name for p in left] == [".store.partial"]
+    for place in (*left, parent / "store"):
+        with pytest.raises(ValueError, match="is not a (store|folder)"):
+            open_labels(place)
+
+    (source / f"{STUCK}.pt").unlink()
+    save(source, {STUCK: LABELS[STUCK]})
+    assert_holds(pack(source), LABELS)
+    assert "bytes left by an interrupted packing, is written anew" in capsys.readouterr().out
+    assert {p.name for p in parent.iterdir()} == {"labels", "store"}
+
+
+def test_interrupted_program_cleans_up(source, stuck):
+    os.kill(stuck.pid, signal.SIGINT)
+    code, lines = stuck.end()
+    assert code == 1 and lines[-1].startswith("error: interrupted"), lines
+    assert [p.name for p in source.parent.iterdir()] == ["labels"]
+
+
+def test_program_end_to_end(source, tmp_path):
+    """Started from nothing, in another folder."""
+    (tmp_path / "images" / "n2").mkdir(parents=True)
+    (tmp_path / "images" / "n2" / "n2_2.JPEG").touch()
+    words = ["--source", "labels", "--output", "new/store", "--teacher", "x", "--geometry", "whole_image"]
+    words += ["--class_list", "imagenet", "--images", "images", "--overwrite", "true"]
+    done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    output = tmp_path / "new" / "store"
+    assert done.stdout.splitlines()[-1].startswith(f"{output}: 12 entries, maps 3x4 (6), 4x4 (6), "), done.stdout
+    store = open_labels(output)
+    assert_holds(store, LABELS)
+    assert (store.header.teacher, store.header.geometry) == ("x", "whole_image")

@@ -1,0 +1,126 @@
+"""What scripts/pack_token_labels.py does: a folder of label files, ``<root>/<class>/<stem>.pt``, becomes one store.
+
+A million small files cost a million openings and unpicklings in every epoch; the store is read in place. h x w is
+the size of a label map in cells.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from volo.data.decode import SUFFIX_FORMATS
+from volo.data.records import class_names, imagenet_classes
+from volo.program import DONE, checking_usage
+from volo.reporting import Progress, setup_logging
+from volo.token_labels.opening import check_covers
+from volo.token_labels.published import PublishedLabels, files_below
+from volo.token_labels.store import label_key
+from volo.token_labels.writer import StoreWriter
+
+_logger = logging.getLogger("volo")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to pack, and what the label files do not say about themselves.
+
+    Args:
+        source: Folder of the label files.
+        output: Store to write.
+        teacher, geometry: As in :class:`volo.token_labels.StoreHeader`.
+        num_classes: Classes of the teacher; None takes the length of the class list.
+        class_list: "imagenet", or a text file with one class name a line; None is "imagenet" where num_classes is
+            not given either, and otherwise no names.
+        images: Folder of the images that the labels are for; each must have a label. None leaves that unchecked.
+        overwrite: Replace a store that is there already.
+    """
+
+    source: str
+    output: str
+    teacher: str = "published"
+    geometry: str = "reference"
+    num_classes: int | None = None
+    class_list: str | None = None
+    images: str | None = None
+    overwrite: bool = False
+
+
+def run_packing(options: Options) -> int:
+    """Pack, and print what came of it; return the exit code."""
+    setup_logging(None)
+    with checking_usage():
+        classes, num_classes = teacher_classes(options.class_list, options.num_classes)
+        _logger.info("listing %s", options.source)
+        labels = PublishedLabels(options.source, num_classes)
+    top_k = labels.header.top_k  # reads the first file, which may be damaged
+    with checking_usage():
+        keys = entry_keys(labels, options.images, num_classes)
+        writer = StoreWriter(
+            options.output,
+            teacher=options.teacher,
+            geometry=options.geometry,
+            top_k=top_k,
+            num_classes=num_classes,
+            classes=classes,
+            overwrite=options.overwrite,
+        )
+    sizes: Counter[tuple[int, int]] = Counter()
+    progress = Progress(len(labels), "packing", log_every=max(len(labels) // 100, 1))
+    try:
+        with writer:
+            for entry, key in enumerate(keys):
+                label = labels.read(entry)
+                writer.add(key, label)
+                sizes[label.scores.shape[1:]] += 1
+                progress.update(1)
+    except OSError as error:
+        raise ValueError(f"{options.output} could not be written: {error.strerror}; nothing is left of it") from error
+    finally:
+        progress.close()
+    _logger.info("%s", summary(writer.path, len(labels), sizes, labels.ignored))
+    return DONE
+
+
+def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tuple[str, ...] | None, int]:
+    """Return the teacher's class names, None where not known, and their number."""
+    if class_list is None and num_classes is not None:
+        return None, num_classes
+    if class_list in (None, "imagenet"):
+        classes = imagenet_classes()
+    elif not Path(class_list).is_file():
+        raise ValueError(f'--class_list is {class_list!r}; it takes "imagenet" or a text file, one class name a line')
+    else:
+        classes = class_names(class_list, "")
+    if num_classes not in (None, len(classes)):
+        raise ValueError(
+            f"--num_classes is {num_classes:,}, but --class_list {class_list} names {len(classes):,} classes; give "
+            "the list of the teacher's classes alone"
+        )
+    return classes, len(classes)
+
+
+def entry_keys(labels: PublishedLabels, images: str | None, num_classes: int) -> list[str]:
+    """Return the key that each label file is packed under: that of its image, where the images are given."""
+    keys = [labels.key(entry) for entry in range(len(labels))]
+    if images is None:
+        return keys
+    if not Path(images).is_dir():
+        raise ValueError(f"--images is {images!r}, which is not a folder")
+    files = sorted(f for f in files_below(Path(images)) if Path(f).suffix.lower() in SUFFIX_FORMATS)
+    if not files:
+        raise ValueError(f"--images is {images!r}, which holds no image ({', '.join(SUFFIX_FORMATS)})")
+    image_keys = [label_key(file) for file in files]
+    for key, entry in zip(image_keys, check_covers(labels, image_keys, num_classes, None), strict=True):
+        keys[entry] = key  # the label file's name may have been cut at the first dot
+    _logger.info("%d images have a label each; %d labels belong to none of them", len(files), len(keys) - len(files))
+    return keys
+
+
+def summary(path: Path, entries: int, sizes: Counter[tuple[int, int]], ignored: int) -> str:
+    """Return what was packed, in a line or two."""
+    common = ", ".join(f"{h}x{w} ({count:,})" for (h, w), count in sizes.most_common(5))
+    more = f" and {len(sizes) - 5:,} other sizes" if len(sizes) > 5 else ""
+    files = [file.stat().st_size for file in path.iterdir()]
+    left_out = f"\n{ignored:,} files of other kinds were left out" if ignored else ""
+    return f"{path}: {entries:,} entries, maps {common}{more}, {sum(files):,} bytes in {len(files)} files{left_out}"
