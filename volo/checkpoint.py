@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from volo.models.weights import read_checkpoint
+from volo.models.weights import UnreadableCheckpoint, read_checkpoint
 
 _logger = logging.getLogger("volo")
 
@@ -45,11 +45,7 @@ class Progress:
             setattr(self, name, value)
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be read or written; no option is wrong, a file or the disk is."""
-
-
-class SaveError(CheckpointError):
+class SaveError(Exception):
     """A checkpoint could not be written; those written before are intact."""
 
 
@@ -140,7 +136,7 @@ class CheckpointFolder:
     def newest_valid(self) -> tuple[Path, dict] | None:
         """Return the newest checkpoint that can be read, reporting each that cannot; None in a fresh folder.
 
-        Raises CheckpointError where there are checkpoints and none can be read: a run never restarts by itself.
+        Raises UnreadableCheckpoint where there are checkpoints and none can be read: a run never restarts by itself.
         """
         candidates = self._numbered()
         if self.last.exists():
@@ -153,11 +149,11 @@ class CheckpointFolder:
                 continue
             try:
                 return path, read_own_checkpoint(path)
-            except (CheckpointError, ValueError) as error:
+            except ValueError as error:
                 tried.append(path)
                 _logger.warning("%s is passed over: %s", path.name, error)
         if tried:
-            raise CheckpointError(
+            raise UnreadableCheckpoint(
                 f"none of the checkpoints in {self.folder} can be read ({len(tried)} tried, the reasons stand above); "
                 "nothing was changed. To start again from nothing, use another train.name"
             )
@@ -167,14 +163,9 @@ class CheckpointFolder:
 def read_own_checkpoint(path: Path) -> dict:
     """Return a checkpoint that this program wrote.
 
-    Raises CheckpointError where it is damaged, ValueError where it is not there or of another program.
+    Raises UnreadableCheckpoint where it is damaged, ValueError where it is not there or of another program.
     """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    try:
-        state = read_checkpoint(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    state = read_checkpoint(path)
     missing = {"state_dict", "optimizer", "progress", "config"} - set(state)
     if missing:
         raise ValueError(

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from volo import distributed
-from volo.checkpoint import CheckpointError
+from volo.checkpoint import SaveError
+from volo.models.weights import UnreadableCheckpoint
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,6 +35,8 @@ def checking_usage():
     """
     try:
         yield
+    except UnreadableCheckpoint:
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -46,7 +49,7 @@ def finish(body: Callable[[], int]) -> None:
         code = FAILED
     except UsageError as error:
         code = _fail(str(error), USAGE)
-    except (ValueError, CheckpointError, ArithmeticError, distributed.MeetingFailed) as error:
+    except (ValueError, SaveError, ArithmeticError, distributed.MeetingFailed) as error:
         code = _fail(str(error), FAILED)  # expected failures, which explain themselves
     except KeyboardInterrupt:
         code = _fail("interrupted before a checkpoint could be saved", FAILED)

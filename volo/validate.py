@@ -23,6 +23,7 @@ from volo.prepare import load_val, make_eval_loader, require_classes
 from volo.program import DONE, UsageError, checking_usage
 from volo.published import published_top1
 from volo.reporting import Progress, setup_logging, text_table, write_results
+from volo.rng import torch_seed
 from volo.step import build_model
 
 _logger = logging.getLogger("volo")
@@ -77,9 +78,9 @@ def run_validation(config: Config, options: Options) -> int:
             raise ValueError(f"--checkpoint {options.checkpoint} is not a file")
         folder = distributed.on_main(lambda: output_folder(options))
         precision = Precision.resolve(config.train.precision, world.device)
+        torch.manual_seed(torch_seed(config.train.seed, "initialise"))  # random weights, if need be: equal on all ranks
         model = build_model(config.model)
-    report, classes = load_weights(model, options)
-    with checking_usage():
+        report, classes = load_weights(model, options)
         datasets = distributed.on_main(lambda: find_datasets(config, options, classes))
     model.to(world.device)
     if config.train.channels_last:
@@ -122,7 +123,7 @@ def load_weights(model: nn.Module, options: Options) -> tuple[LoadReport | None,
         use_ema = file.get("evaluated_weights") == "ema"
     report = load_checkpoint(model, options.checkpoint, use_ema=use_ema)
     if report.dropped_heads:
-        raise UsageError(
+        raise ValueError(
             f"{options.checkpoint} has {report.num_classes} classes and model.num_classes is {model.num_classes}: an "
             f"untrained head would be evaluated. Set --model.num_classes {report.num_classes}"
         )

@@ -27,6 +27,10 @@ _HEADS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
 _REFUSALS = ("GLOBAL", "Trying to call reduce", "Can only create new object", "Can only build Tensor")
 
 
+class UnreadableCheckpoint(ValueError):
+    """A file that is empty, truncated, corrupt or refused; whatever the options, it cannot be used."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What ``load_checkpoint`` took from a file.
@@ -71,8 +75,9 @@ def load_checkpoint(model: VOLO, path: str | Path, use_ema: bool = False) -> Loa
         use_ema: Take "state_dict_ema".
 
     Raises:
-        ValueError: No such file, not a readable one, one that would run code, one without the weights asked
-            for, or one whose keys or shapes do not fit. The model is unchanged.
+        UnreadableCheckpoint: As :func:`read_checkpoint`.
+        ValueError: No such file, one without the weights asked for, or one whose keys or shapes do not fit. The
+            model is unchanged.
     """
     path = Path(path)
     file = read_checkpoint(path)
@@ -106,8 +111,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file into CPU memory without executing anything in it.
 
     Raises:
-        ValueError: No such file, a directory, an empty, truncated or foreign file, one whose top level is no
-            dict, or one that needs code to be run.
+        UnreadableCheckpoint: An empty, truncated or foreign file, one whose top level is no dict, or one that
+            needs code to be run.
+        ValueError: No such file, or a directory.
     """
     path = Path(path)
     if not path.exists():
@@ -115,7 +121,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder; give a file in it")
     if path.stat().st_size == 0:
-        raise ValueError(f"checkpoint {path} is empty (0 bytes); its copy or download did not finish")
+        raise UnreadableCheckpoint(f"checkpoint {path} is empty (0 bytes); its copy or download did not finish")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -125,9 +131,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes trip the parsers in arbitrary ways
-        raise ValueError(_unreadable(path, error)) from error
+        raise UnreadableCheckpoint(_unreadable(path, error)) from error
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}; a dict of weights is needed")
+        raise UnreadableCheckpoint(
+            f"checkpoint {path} holds a {type(content).__name__}; a dict of weights is needed"
+        )
     return content
 
 
