@@ -133,9 +133,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # arbitrary bytes trip the parsers in arbitrary ways
         raise UnreadableCheckpoint(_unreadable(path, error)) from error
     if not isinstance(content, dict):
-        raise UnreadableCheckpoint(
-            f"checkpoint {path} holds a {type(content).__name__}; a dict of weights is needed"
-        )
+        raise UnreadableCheckpoint(f"checkpoint {path} holds a {type(content).__name__}; a dict of weights is needed")
     return content
 
 
