@@ -38,6 +38,7 @@ def run_training(config: Config) -> int:
         done = trainer.progress
         _logger.info("going on from %s: epoch %d, step %d", path, done.epoch, done.step)
 
+    trainer.show_batch()
     finished = trainer.fit()
     trainer.writer.close()
     if world.is_main:

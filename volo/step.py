@@ -7,6 +7,7 @@ what two processes with one pass draw.
 
 import contextlib
 import logging
+from typing import NamedTuple
 
 import torch
 from timm.utils import dispatch_clip_grad
@@ -46,6 +47,20 @@ def build_model(config: ModelConfig) -> nn.Module:
         drop_path_rate=config.drop_path_rate,
         **config.architecture,
     )
+
+
+class Inputs(NamedTuple):
+    """What one pass gives network and loss, on the device.
+
+    Args:
+        images: [B, 3, H, W], normalised, erased and mixed.
+        targets: [B, C], or those of every token where there are label maps.
+        mix_box: MixToken's box on the final grid, int [4], or None.
+    """
+
+    images: Tensor
+    targets: Tensor | TokenTargets
+    mix_box: Tensor | None
 
 
 class Learner:
@@ -113,23 +128,10 @@ class Learner:
 
     def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
         """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
-        config, device = self.config, self.world.device
-        position = (epoch, step, micro * self.world.size + self.world.rank)
+        images, targets, mix_box = self.inputs(batch, epoch, step, micro)
         last = micro == self.plan.micro_batches - 1
-
-        images, labels = normalise_and_erase(
-            batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
-        )  # [B, 3, H, W], [B]
-        targets = self._targets(batch, labels)
-        rng = generator(config.train.seed, "mix", *position)
-        mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
-        if mix is not None:
-            images, targets = apply_mix(images, mix), self._mixed(targets, mix)
-        mix_box = None
-        if config.mix.mix_token:
-            mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
-
-        torch.manual_seed(torch_seed(config.train.seed, "forward", *position))  # dropout and drop path
+        position = (epoch, step, micro * self.world.size + self.world.rank)
+        torch.manual_seed(torch_seed(self.config.train.seed, "forward", *position))  # dropout and drop path
         # Gradients travel between processes once a step, with the last pass.
         with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
             with self.precision.autocast():
@@ -137,6 +139,22 @@ class Learner:
             terms = self.loss.terms(output, targets, mix_box)
             self._backward(terms.total / self.plan.micro_batches)
         return terms
+
+    def inputs(self, batch: Batch, epoch: int, step: int, micro: int) -> Inputs:
+        """Return what pass ``micro`` of a step gives network and loss; every draw is keyed by its place."""
+        config, device = self.config, self.world.device
+        images, labels = normalise_and_erase(
+            batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
+        )  # [B, 3, H, W], [B]
+        targets = self._targets(batch, labels)
+        rng = generator(config.train.seed, "mix", epoch, step, micro * self.world.size + self.world.rank)
+        mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
+        if mix is not None:
+            images, targets = apply_mix(images, mix), self._mixed(targets, mix)
+        mix_box = None
+        if config.mix.mix_token:
+            mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
+        return Inputs(images, targets, mix_box)
 
     def _targets(self, batch: Batch, labels: Tensor) -> Tensor | TokenTargets:
         """Return the targets of a batch: [B, C], or those of every token where there are label maps."""

@@ -30,6 +30,7 @@ from volo.prepare import (
 )
 from volo.reporting import MetricsWriter
 from volo.reporting import Progress as ProgressBar
+from volo.show import batch_picture
 from volo.signals import StopRequest
 from volo.step import Learner
 from volo.window import Window
@@ -232,6 +233,16 @@ class Trainer:
             f"{self._learning_rate(step - 1):.3g}; {kept or 'no checkpoint was saved yet'}. A lower optim.lr, "
             "optim.clip_grad 1.0 or train.precision fp32 may help"
         )
+
+    def show_batch(self) -> None:
+        """Draw the first images that are due, as the network gets them, into batch.png and TensorBoard."""
+        if not self.world.is_main:
+            return
+        progress = self.progress
+        epoch = min(progress.epoch, self.config.schedule.total_epochs - 1)
+        png = batch_picture(self.learner, self.loader, self.splits.classes, epoch, progress.step)
+        if png is not None:
+            self.writer.picture("batch", progress.global_step, png)
 
     # ---------------------------------------------------------------------------------------- checkpoints
 

@@ -117,6 +117,7 @@ class TrainLoader:
 
     def __init__(self, dataset: TrainImages, batches: EpochBatches, workers: int, pin_memory: bool):
         self.batches = batches
+        self._dataset = dataset
         self._on_error = dataset.on_error
         self._from = _From(batches)
         self._loader = _data_loader(dataset, self._from, workers, pin_memory)
@@ -143,6 +144,14 @@ class TrainLoader:
             if len(batch) < self.batches.chunk:
                 raise _unreadable(batch.failures, self._on_error)
             yield batch
+
+    def peek(self, epoch: int, step: int, most: int) -> Batch:
+        """Return the first ``most`` images of the micro-batch that ``step`` begins with, read in this process.
+
+        Unreadable files are left out: they are reported when their turn comes.
+        """
+        keys = next(self.batches.keys(epoch, step))[:most]
+        return collate([self._dataset[key] for key in keys])
 
 
 class EvalLoader:

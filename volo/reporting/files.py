@@ -13,6 +13,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 logger = logging.getLogger("volo")
 
 _KEYS = ("step", "epoch")
@@ -70,6 +73,14 @@ class MetricsWriter:
         for name, value in values.items():
             self._tensorboard().add_scalar(name, float(value), int(step))
         self._tensorboard().flush()
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """Write a picture to ``name``.png in the run folder and to TensorBoard."""
+        if not self._enabled:
+            return
+        write_atomic(self.path.parent / f"{name}.png", png)
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self._tensorboard().add_image(name, pixels, step, dataformats="HWC")
 
     def truncate_after(self, step: int) -> None:
         """Forget everything after ``step``, in the CSV file and in TensorBoard: the run goes on from there."""

@@ -1,0 +1,46 @@
+"""What a training batch looks like to the network: the picture of scripts/show_batch.py and of every run's start."""
+
+import torch
+from timm.data import ImageNetInfo
+
+from volo.data.loader import TrainLoader
+from volo.data.records import imagenet_classes
+from volo.reporting.batch_picture import TokenView, draw_batch
+from volo.step import Learner
+from volo.token_labels.targets import TokenTargets
+
+
+def batch_picture(
+    learner: Learner, loader: TrainLoader, class_names: tuple[str, ...], epoch: int, step: int, most: int = 4
+) -> bytes | None:
+    """Return a PNG of the first ``most`` images of a step, as the network gets them, with their token labels.
+
+    Mixing is drawn for these images alone. Returns None where files cannot be read and too few remain: the step
+    itself will name them.
+    """
+    batch = loader.peek(epoch, step, most)
+    if len(batch) == 0 or (learner.config.mix.mixes_images and len(batch) % 2):
+        return None
+    inputs = learner.inputs(batch, epoch, step, micro=0)
+    augment = learner.config.augment
+    scale, offset = (torch.tensor(values).view(3, 1, 1) for values in (augment.std, augment.mean))
+    images = (inputs.images.cpu().float() * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    names = readable_names(class_names)
+    tokens = token_view(inputs.targets, learner.grid) if isinstance(inputs.targets, TokenTargets) else None
+    box = inputs.mix_box.tolist() if inputs.mix_box is not None else None
+    return draw_batch(images, [names[label] for label in batch.labels.tolist()], names, tokens, box)
+
+
+def token_view(targets: TokenTargets, grid: tuple[int, int]) -> TokenView:
+    """Return each token's most likely class and its probability."""
+    dense = targets.to_dense()[:, :, 2:].cpu()  # [B, C, N], of a handful of images
+    shares, classes = dense.max(1)
+    return TokenView(classes.numpy(), shares.numpy(), (targets.mass > 0).cpu().numpy(), grid)
+
+
+def readable_names(class_names: tuple[str, ...]) -> list[str]:
+    """Return the class names, synsets of ImageNet in words."""
+    if not set(class_names) <= set(imagenet_classes()):
+        return list(class_names)
+    info = ImageNetInfo()
+    return [info.label_name_to_description(name).split(",")[0] for name in class_names]
