@@ -301,7 +301,9 @@ def test_damaged_header(packed, changes):
         TokenLabelStore(packed)
 
 
-@pytest.mark.parametrize(("offset", "value"), [(0, 1), (16, 7), (16, -1), (16, 0), (24, 9), (32, 0), (3 * 24 + 8, 3)])
+@pytest.mark.parametrize(
+    ("offset", "value"), [(0, 1), (16, 7), (16, -1), (16, 0), (24, 9), (32, 0), (3 * 24 + 8, 3), (3 * 24 + 16, 7)]
+)
 def test_entries_that_point_elsewhere(packed, offset, value):
     content = bytearray((packed / "entries.bin").read_bytes())
     struct.pack_into("<i", content, offset, value)
