@@ -222,22 +222,21 @@ _FIXED_IN_A_RUN = (
 
 def check_same_run(saved: dict, config: Config) -> None:
     """Report every option that differs from the checkpoint's; ValueError where it may not differ."""
-    now = config_to_dict(config)
-    forbidden = []
-    for section, options in now.items():
+    forbidden, allowed = [], []
+    for section, options in config_to_dict(config).items():
         for name, value in options.items():
             old = saved.get(section, {}).get(name)
-            if old == value:
+            if old == value or (section, name) in (("train", "resume"), ("train", "output"), ("train", "name")):
                 continue
-            if (section, name) in _FIXED_IN_A_RUN:
-                forbidden.append(f"{section}.{name} was {old} and is now {value}")
-            elif (section, name) not in (("train", "resume"), ("train", "output"), ("train", "name")):
-                _logger.warning("resuming with a change: %s.%s was %s and is now %s", section, name, old, value)
+            changes = forbidden if (section, name) in _FIXED_IN_A_RUN else allowed
+            changes.append(f"{section}.{name} was {old} and is now {value}")
     if forbidden:
         raise ValueError(
             "the checkpoint is of a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
             "another train.name for a new run"
         )
+    for change in allowed:
+        _logger.warning("resuming with a change: %s", change)
 
 
 def check_same_images(state: dict, splits: Splits, batch_size: int) -> None:
