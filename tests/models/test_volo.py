@@ -97,6 +97,20 @@ def test_downsampling_more_than_once():
     assert model(images, box_of(0, 0, 3, 1)).tokens.shape == (2, 6, 5)
 
 
+@pytest.mark.parametrize("downsample", [True, False])
+def test_position_embedding_follows_the_first_stage_and_its_downsample(downsample, make_small):
+    dims = {} if downsample else {"embed_dims": (24, 24, 24), "num_heads": (3, 3, 3)}
+    model = make_small(downsample_after=(downsample, False, False), **dims).eval()
+    seen = []
+    model.network[1 + downsample].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    x = model.patch_embed(images)
+    for stage in model.network[: 1 + downsample]:
+        x = stage(x)
+    torch.testing.assert_close(seen[0], x + model.pos_embed)
+
+
 def test_bfloat16_autocast(make_small):
     model, images = make_small().train(), torch.randn(4, 3, 32, 32)
     exact = model(images)
@@ -296,13 +310,23 @@ def test_stochastic_depth_drops_whole_samples_and_rescales(make_small):
     assert 150 < kept[False] + kept[True] < 250
 
 
-def test_dropouts_are_wired(make_small):
-    """Each rate alone makes two passes differ in training and leaves evaluation alone."""
+@pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate"])
+def test_dropouts_are_wired(rate, make_small):
+    """Every part that should draw does so in training, and evaluation does not change."""
+    model, plain = make_small(**{rate: 0.3}), make_small().eval()
+    grid, sequence = torch.randn(2, 4, 4, 16), torch.randn(2, 5, 24)
+    parts = [
+        (model.network[0][0].attn, grid),
+        (model.network[2][0].attn, sequence[:, None]),
+        (model.post_network[0].attn, sequence),
+    ]
+    if rate == "drop_rate":
+        parts += [(model.pos_drop, grid), (model.network[0][0].mlp, grid), (model.post_network[0].mlp, sequence)]
+    for part, x in parts:
+        part.train()
+        assert not torch.equal(part(x), part(x)), part
     images = torch.randn(2, 3, 32, 32)
-    for rate in ("drop_rate", "attn_drop_rate"):
-        model = freeze_statistics(make_small(**{rate: 0.3}))
-        assert not torch.equal(model(images).cls, model(images).cls)
-        torch.testing.assert_close(model.eval()(images), make_small().eval()(images))
+    torch.testing.assert_close(model.eval()(images), plain(images))
 
 
 # --- heads -----------------------------------------------------------------------------------------------
