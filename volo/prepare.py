@@ -104,7 +104,9 @@ def load_val(data: DataConfig, classes: tuple[str, ...]) -> ImageRecords:
     return scan_class_folders(directory, classes)
 
 
-def open_token_labels(config: Config, splits: Splits, grid: tuple[int, int]) -> LabelSource | None:
+def open_token_labels(
+    config: Config, splits: Splits, grid: tuple[int, int], is_main: bool = True
+) -> LabelSource | None:
     """Open the label maps of the training images for the network's ``grid``; None where none are given.
 
     Raises ValueError where they do not belong to the images and classes.
@@ -113,7 +115,12 @@ def open_token_labels(config: Config, splits: Splits, grid: tuple[int, int]) -> 
     if options.root is None:
         return None
     return LabelSource(
-        options.root, splits.train.paths, splits.classes, grid, options.geometry, options.verify_checksums
+        options.root,
+        splits.train.paths,
+        splits.classes,
+        grid,
+        options.geometry,
+        verify_checksums=options.verify_checksums and is_main,  # once, not on every rank
     )
 
 

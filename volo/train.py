@@ -53,7 +53,7 @@ class Trainer:
         if state is not None:
             self.progress.load_state_dict(state["progress"])
         self.learner = Learner(config, world, self.plan, state)
-        self.token_labels = open_token_labels(config, splits, self.learner.grid)
+        self.token_labels = open_token_labels(config, splits, self.learner.grid, world.is_main)
         self.loader = make_train_loader(config, splits.train, world, self.plan, self.token_labels)
         self.failures: list[str] = []
         self.steps_per_epoch = self.loader.steps_per_epoch
