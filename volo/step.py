@@ -103,7 +103,7 @@ class Learner:
         if state is not None:
             model.load_state_dict(state["state_dict"])
         elif config.model.checkpoint:
-            _logger.info("%s", load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema))
+            load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)  # says what it did
         if config.loss.dense_weight == 0 and model.aux_head is not None:
             # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
             model.aux_head.requires_grad_(False)
