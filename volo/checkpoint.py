@@ -62,9 +62,11 @@ def save_atomically(state: dict, path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch may word a failed write as an internal error of its archive; what failed stands behind that.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         free = shutil.disk_usage(path.parent).free / 2**20
         raise SaveError(
             f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
@@ -102,13 +104,18 @@ class CheckpointFolder:
         return self.folder / "best.pt"
 
     def save(self, state: dict, is_best: bool) -> None:
-        """Write ``state`` once; name it last, and best if it is; forget the oldest beyond ``keep``."""
+        """Write ``state`` once; name it last, and best if it is; forget the oldest beyond ``keep``.
+
+        Numbers above that of ``state`` are of a course that was given up for an earlier checkpoint; they are
+        forgotten, too, or the next start would go back to it.
+        """
         path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
         save_atomically(state, path)
         self._name(path, self.last)
         if is_best:
             self._name(path, self.best)
-        for old in self._numbered()[self.keep :]:
+        given_up = [other for other in self._numbered() if other > path]
+        for old in given_up + self._numbered()[len(given_up) + self.keep :]:
             old.unlink()
 
     def _name(self, path: Path, name: Path) -> None:
@@ -120,6 +127,8 @@ class CheckpointFolder:
         except OSError:  # a file system without hard links
             try:
                 shutil.copyfile(path, temporary)
+                with open(temporary, "rb+") as copy:
+                    os.fsync(copy.fileno())
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
@@ -140,9 +149,11 @@ class CheckpointFolder:
         """
         candidates = self._numbered()
         if self.last.exists():
-            # A run killed between writing a checkpoint and naming it last has a newer one than last.pt.
-            same = [i for i, path in enumerate(candidates) if path.samefile(self.last)]
-            candidates.insert(same[0] if same else 0, self.last)
+            # A run killed between writing a checkpoint and naming it last has a newer one than last.pt, which is
+            # a link to the one before or, on a file system without links, a copy of it.
+            written = self.last.stat().st_mtime_ns
+            old = [path.samefile(self.last) or path.stat().st_mtime_ns <= written for path in candidates]
+            candidates.insert(old.index(True) if any(old) else len(old), self.last)
         tried: list[Path] = []
         for path in candidates:
             if any(path.samefile(other) for other in tried):
