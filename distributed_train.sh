@@ -80,9 +80,10 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
 fi
 
-# --- Run. torchrun makes 1 of every exit code of its processes, so rank 0 leaves its own in this file.
+# --- Run. torchrun makes 1 of every exit code of its processes, and ends with a screen of its own words. So the first
+# process of this machine leaves its code in this file, and the first that fails its reason beside it.
 exit_file=$(mktemp "${TMPDIR:-/tmp}/volo_exit.XXXXXX") || exit 1
-trap 'rm -f "$exit_file"' EXIT
+trap 'rm -f "$exit_file" "$exit_file.reason"' EXIT
 export VOLO_EXIT_FILE=$exit_file
 # A stopped run needs time to write its checkpoint before torchrun kills it (torchrun's own default: 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
@@ -112,5 +113,8 @@ if [ $code -ne 0 ] && [ -s "$exit_file" ]; then
     recorded=$(cat "$exit_file")
     # 0 there means another rank failed after rank 0 was done.
     is_number "$recorded" && [ "$recorded" -ne 0 ] && code=$recorded
+fi
+if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ -s "$exit_file.reason" ]; then
+    echo "distributed_train.sh: error: $(cat "$exit_file.reason")" >&2
 fi
 exit "$code"

@@ -15,8 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from volo.config import Config
-
-USAGE_EXIT_CODE = 2
+from volo.exit_codes import USAGE, leave_for_launcher
 
 
 class RecipeParser(ArgumentParser):
@@ -29,7 +28,8 @@ class RecipeParser(ArgumentParser):
             raise ValueError(f"{message}{hint}") from ex
         print(f"Every option with its meaning: {self.prog} --help", file=sys.stderr)
         print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
-        sys.exit(USAGE_EXIT_CODE)
+        leave_for_launcher(USAGE, f"{message}{hint}")
+        sys.exit(USAGE)
 
     def _nearest(self, message: str) -> str:
         group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)

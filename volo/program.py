@@ -11,13 +11,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from volo import distributed
 from volo.checkpoint import SaveError
+from volo.exit_codes import DONE, FAILED, STOPPED, USAGE, leave_for_launcher
 from volo.models.weights import UnreadableCheckpoint
 
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _logger = logging.getLogger("volo")
@@ -55,9 +54,7 @@ def finish(body: Callable[[], int]) -> None:
         code = _fail("interrupted before a checkpoint could be saved", FAILED)
     except Exception as error:
         code = _fail(_unexpected(error), FAILED)
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 and (exit_file := os.environ.get("VOLO_EXIT_FILE")):
-        Path(exit_file).write_text(str(code))  # torchrun turns every code but 0 into 1; the launcher reads this
+    leave_for_launcher(code)
     if code in (DONE, STOPPED):
         distributed.shutdown()
         sys.exit(code)
@@ -89,4 +86,5 @@ def _fail(reason: str, code: int) -> int:
             if isinstance(handler, logging.FileHandler):
                 handler.emit(logging.LogRecord("volo", logging.ERROR, __file__, 0, reason, None, None))
     print(f"{prefix}error: {reason}", file=sys.stderr)
+    leave_for_launcher(code, prefix + reason)
     return code
