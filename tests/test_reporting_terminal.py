@@ -139,9 +139,10 @@ def test_main_process_logs_to_stdout_and_to_the_file(tmp_path, capsys):
     assert second.endswith("WARNING one image skipped")
 
 
-def test_other_processes_print_warnings_with_their_rank(tmp_path, capsys):
+def test_other_processes_print_errors_with_their_rank(tmp_path, capsys):
     setup_logging(tmp_path, main_process=False, rank=3)
     logging.getLogger("volo").info("not shown")
-    logging.getLogger("volo").warning("slow disk")
-    assert capsys.readouterr().out == "[rank 3] slow disk\n"
+    logging.getLogger("volo").warning("not shown either")
+    logging.getLogger("volo").error("lost disk")
+    assert capsys.readouterr().out == "[rank 3] lost disk\n"
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,8 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
     """Send the messages of the logger "volo" where they belong; a second call replaces the first.
 
     The main process prints its messages plainly to stdout and appends them, with the time, to ``log.txt`` in
-    ``run_dir`` (None: no file). The others print warnings alone, with their rank in front.
+    ``run_dir`` (None: no file). What is logged is about the run as a whole, so the others would repeat it: they
+    print errors alone, with their rank in front.
     """
     assert main_process == (rank == 0), f"rank {rank}, main_process={main_process}"
     for handler in list(logger.handlers):
@@ -28,7 +29,7 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
     console = _BarSafeHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s" if main_process else f"[rank {rank}] %(message)s"))
     logger.addHandler(console)
-    logger.setLevel(logging.INFO if main_process else logging.WARNING)
+    logger.setLevel(logging.INFO if main_process else logging.ERROR)
     if main_process and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         # Opened by the first message: a run that is refused leaves the folder of another as it was.
