@@ -1,5 +1,7 @@
 """Small configs, image folders and batches that several tests share."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from PIL import Image
 
 from volo.config import Config
 from volo.data.dataset import Batch
+
+# The tensors of most tests are too small to share: on a busy machine a second thread is mostly waited for.
+torch.set_num_threads(1)
 
 # One block a stage on 8 x 8 and 4 x 4 cells, 51,000 parameters: a step takes a few milliseconds.
 TINY_MODEL = {
@@ -68,3 +73,23 @@ def make_image_folder(tmp_path):
         return str(tmp_path / split)
 
     return make
+
+
+@pytest.fixture
+def install_apex(tmp_path, monkeypatch):
+    """Return a function that puts a package apex, of the given files, in front of any that is installed."""
+
+    def forget() -> None:
+        for module in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+            del sys.modules[module]
+
+    def install(**files: str) -> None:
+        package = tmp_path / "stand-in" / "apex"
+        package.mkdir(parents=True)
+        for name, text in {"__init__": "", **files}.items():
+            (package / f"{name}.py").write_text(text)
+        forget()
+        monkeypatch.syspath_prepend(package.parent)
+
+    yield install
+    forget()

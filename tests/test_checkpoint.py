@@ -184,6 +184,14 @@ def test_a_run_killed_before_the_newest_got_its_name(folder, tmp_path):
     assert folder.newest_valid()[1]["progress"]["global_step"] == 1 and folder.exists()
 
 
+def test_last_counts_where_its_number_was_deleted(folder, tmp_path):
+    for step in (1, 2):
+        folder.save(state(step), is_best=False)
+    os.utime(tmp_path / "step-00000001.pt", ns=(0, 0))
+    (tmp_path / "step-00000002.pt").unlink()
+    assert folder.newest_valid()[1]["progress"]["global_step"] == 2
+
+
 def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(folder, tmp_path):
     for step in (10, 20, 30):
         folder.save(state(step), is_best=step == 30)

@@ -150,13 +150,14 @@ def on_main(action: Callable, share: Callable = lambda result: result):
     """
     if not dist.is_initialized():
         return action()
-    result = error = None
+    result = shared = error = None
     if dist.get_rank() == 0:
         try:
             result = action()
+            shared = share(result)
         except Exception as caught:  # the other ranks must hear of it before it goes on up
             error = caught
-    failed, shared = broadcast_object((error is not None, None if error else share(result)))
+    failed, shared = broadcast_object((error is not None, shared))
     if error is not None:
         raise error
     if failed:
