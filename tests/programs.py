@@ -7,14 +7,17 @@ program is started from nothing.
 """
 
 import atexit
+import gc
 import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,17 +146,19 @@ def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | 
         env: Changes to :func:`environment`.
     """
     cwd.mkdir(exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix="volo")
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
     job = {
         "program": str(program),
         "words": [str(word) for word in words],
         "cwd": str(cwd),
+        "scratch": scratch,
         "largest_file": largest_file,
         "ranks": [],
     }
     for rank in range(ranks):
         numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        files = {name: str(cwd / f".{name}.{rank}") for name in ("out", "err")}
+        files = {name: f"{scratch}/{name}{rank}" for name in ("out", "err")}
         job["ranks"].append({**files, "env": environment(**place, **numbers, **env)})
     return Started(job, _forker())
 
@@ -210,7 +215,7 @@ class Started:
     def __init__(self, job: dict, forker: "_Forker"):
         self._forker = forker
         self._files = [(rank["out"], rank["err"]) for rank in job["ranks"]]
-        Path(self._files[0][0]).unlink(missing_ok=True)
+        self._scratch = job["scratch"]
         os.mkfifo(self._files[0][0])  # so that it can be followed without asking over and over
         self.pids: list[int] = forker.ask(job)
         self._out = open(self._files[0][0], encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -232,6 +237,7 @@ class Started:
         codes = self._forker.answer()
         outs = [self.seen, *(_text(out) for out, _ in self._files[1:])]
         errs = [_text(err) for _, err in self._files]
+        shutil.rmtree(self._scratch)
         return [Finished(*ended) for ended in zip(codes, outs, errs, strict=True)]
 
 
@@ -251,7 +257,7 @@ class _Forker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        atexit.register(self._process.stdin.close)
+        atexit.register(self._process.communicate)  # closes its stdin, which ends it
 
     def ask(self, job: dict) -> list[int]:
         """Have ``job`` started; return the process ids."""
@@ -274,6 +280,7 @@ def _serve() -> None:
     import volo.run
     import volo.validate  # noqa: F401
 
+    gc.freeze()  # else each child would look through, and so copy, all that was imported
     for line in sys.stdin:
         job = json.loads(line)
         pids = []
