@@ -83,6 +83,8 @@ def initialise(device_choice: str = "auto") -> World:
             f"the processes could not meet at {address}: {reason}. If the port is in use, set MASTER_PORT to a "
             "free one, or on one machine start with torchrun --standalone, which picks one"
         ) from error
+    # A rank that fails at its first check would take the meeting place away from those that are still on their way.
+    barrier()
     return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
 
 
