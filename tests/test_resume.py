@@ -1,0 +1,352 @@
+"""A run that is stopped and resumed, at any step and in any way, is the run that was never stopped, bit for bit.
+
+Everything random is on: MixToken, drop path, RandAugment, random erasing, one loader worker, and a learning rate
+that changes with every step. Each run is stopped by a signal that is sent when a line of its log appears.
+"""
+
+import csv
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import programs
+import pytest
+import torch
+from programs import FAILED, LAUNCHER, STOPPED, TRAIN
+
+pytestmark = pytest.mark.xdist_group("resume")
+
+STEPS, EPOCHS = 4, 2
+_TIMING = ("train/images_per_s", "train/data_wait")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return programs.make_images(tmp_path_factory.mktemp("images"), train=16)
+
+
+@pytest.fixture(scope="module")
+def recipe(images, tmp_path_factory) -> Path:
+    return programs.write_recipe(
+        tmp_path_factory.mktemp("recipe") / "recipe.yaml",
+        images,
+        model={"drop_path_rate": 0.3, "layers": [1, 1, 2, 1], "drop_rate": 0.1},
+        data={"workers": 1},
+        augment={"erase_prob": 0.6},
+        optim={"clip_grad": 1.0},
+        ema={"enabled": True, "decay": 0.9, "warmup": True},
+        schedule={"epochs": EPOCHS, "warmup_epochs": 1, "per_step": True},
+        eval={"batch_size": 1},
+        train={"device_batch_size": 6, "output": "runs", "keep_checkpoints": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(recipe, tmp_path_factory) -> Path:
+    """The run on one process that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    programs.run(TRAIN, "--config", recipe, cwd=folder).assert_done()
+    return folder / "runs/run"
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(recipe, tmp_path_factory) -> Path:
+    """The run on two processes that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight_on_two")
+    for ended in programs.start(TRAIN, "--config", recipe, cwd=folder, ranks=2).finish():
+        ended.assert_done()
+    return folder / "runs/run"
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory) -> Path:
+    """The folder in which a run was stopped in its second epoch; for tests to copy."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop(folder, recipe, line(2, 1))
+    return folder
+
+
+def line(epoch: int, step: int) -> str:
+    """What the log has of a step; both count from 1."""
+    return f"epoch {epoch}/{EPOCHS}  step {step}/{STEPS}  "
+
+
+def stop(folder: Path, recipe: Path, at: str, signum: int = signal.SIGTERM) -> dict:
+    """Run train.py in ``folder``, signal it at the line with ``at``, and return the progress it saved."""
+    run = programs.start(TRAIN, "--config", recipe, cwd=folder)
+    run.follow(at)
+    os.kill(run.pids[0], signum)
+    (ended,) = run.finish()
+    return saved_progress(folder, ended)
+
+
+def saved_progress(folder: Path, ended: programs.Finished) -> dict:
+    assert (ended.code, ended.err) == (STOPPED, ""), f"{ended.out}\n{ended.err}"
+    progress = load(folder / "runs/run")["progress"]
+    message = f"stopped by a signal at epoch {progress['epoch']}, step {progress['step']}; saved"
+    assert ended.out.strip().splitlines()[-1] == message
+    assert message in (folder / "runs/run/log.txt").read_text()
+    return progress
+
+
+def resume(folder: Path, recipe: Path, **options) -> list[programs.Finished]:
+    every = programs.start(TRAIN, "--config", recipe, cwd=folder, **options).finish()
+    for ended in every:
+        ended.assert_done()
+    return every
+
+
+def load(run: Path) -> dict:
+    return torch.load(run / "last.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, average, optimizer, progress and best result; and every number of every step."""
+    states = load(one), load(other)
+    assert_identical(*states, "last.pt")
+    assert_identical(*(torch.load(run / "best.pt", weights_only=True) for run in (one, other)), "best.pt")
+    tables = []
+    for run in (one, other):
+        with open(run / "metrics.csv", newline="") as file:
+            tables.append([{**row, **dict.fromkeys(_TIMING)} for row in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+
+
+def assert_identical(one, other, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}: {key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+# --------------------------------------------------------------------------------------------- one process
+
+
+def test_the_same_run_again_is_the_same(recipe, straight, tmp_path):
+    """Else all comparisons below would be of luck; and it shows what they compare."""
+    resume(tmp_path, recipe, OMP_NUM_THREADS="1")
+    assert_same_run(tmp_path / "runs/run", straight)
+    state = load(straight)
+    assert {"state_dict", "state_dict_ema", "optimizer"} < state.keys()
+    assert state["progress"]["global_step"] == STEPS * EPOCHS
+    changed = [not torch.equal(state["state_dict"][name], t) for name, t in state["state_dict_ema"].items()]
+    assert np.mean(changed) > 0.9
+
+
+# A drawn step of each epoch, with time left in it.
+_DRAWN = [int(epoch * STEPS + np.random.default_rng(epoch).integers(1, STEPS - 1)) for epoch in range(EPOCHS)]
+
+
+@pytest.mark.parametrize(("step", "signum"), list(zip(_DRAWN, (signal.SIGINT, signal.SIGTERM), strict=True)))
+def test_stop_at_a_step_and_resume(recipe, straight, tmp_path, step, signum):
+    epoch, step_of_epoch = divmod(step - 1, STEPS)
+    progress = stop(tmp_path, recipe, line(epoch + 1, step_of_epoch + 1), signum)
+    assert step <= progress["global_step"] < STEPS * EPOCHS
+    (ended,) = resume(tmp_path, recipe)
+    assert f"going on from runs/run/last.pt: epoch {progress['epoch']}, step {progress['step']}\n" in ended.out
+    assert ended.out.count("  step ") == STEPS * EPOCHS - progress["global_step"], "no step is made twice"
+    assert_same_run(tmp_path / "runs/run", straight)
+
+
+def test_stop_in_an_evaluation_and_again_right_after(recipe, straight, tmp_path):
+    # One image at a time, raw and averaged weights: the evaluation takes far longer than the signal.
+    progress = stop(tmp_path, recipe, line(1, STEPS))
+    assert (progress["epoch"], progress["step"], progress["closed_epochs"]) == (1, 0, 0), "not in the evaluation"
+    # The resumed run evaluates first, and is stopped there again.
+    assert stop(tmp_path, recipe, "going on from") == progress
+    resume(tmp_path, recipe)
+    assert_same_run(tmp_path / "runs/run", straight)
+
+
+def test_stop_in_the_evaluation_before_training(recipe, straight, tmp_path):
+    words = ("--config", recipe, "--model.checkpoint", straight / "best.pt", "--schedule.epochs", "1")
+    words += ("--eval.before_training", "true")
+    run = programs.start(TRAIN, *words, cwd=tmp_path / "stopped")
+    run.follow("folder ")
+    os.kill(run.pids[0], signal.SIGTERM)
+    progress = saved_progress(tmp_path / "stopped", run.finish()[0])
+    assert (progress["global_step"], progress["best_epoch"]) == (0, -1)
+    programs.run(TRAIN, *words, cwd=tmp_path / "stopped").assert_done()
+    programs.run(TRAIN, *words, cwd=tmp_path / "straight").assert_done()
+    assert_same_run(tmp_path / "stopped/runs/run", tmp_path / "straight/runs/run")
+
+
+# ------------------------------------------------------------------------------------------- two processes
+
+
+def test_stop_on_two_processes_where_one_hears_of_it(recipe, straight_on_two, tmp_path):
+    run = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=2)
+    run.follow(line(2, 2))
+    os.kill(run.pids[1], signal.SIGTERM)
+    first, second = run.finish()
+    progress = saved_progress(tmp_path, first)
+    assert (second.code, second.err) == (STOPPED, "")
+    assert STEPS + 2 <= progress["global_step"] <= 2 * STEPS
+    resume(tmp_path, recipe, ranks=2)
+    assert_same_run(tmp_path / "runs/run", straight_on_two)
+
+
+def test_stop_through_the_launcher_and_resume_through_it(recipe, straight_on_two, tmp_path):
+    words = (LAUNCHER, 2, "--config", recipe)
+    process = programs.launch(*words, cwd=tmp_path, PYTHON=sys.executable)
+    seen = ""
+    for printed in process.stdout:
+        seen += printed
+        if line(1, 3) in printed:
+            process.terminate()
+            break
+    ended = programs.finish(process, seen)
+    assert ended.code == STOPPED, f"{ended.out}\n{ended.err}"
+    assert "stopped by a signal at epoch" in ended.out
+    assert 3 <= load(tmp_path / "runs/run")["progress"]["global_step"] <= STEPS + 1
+    programs.finish(programs.launch(*words, cwd=tmp_path, PYTHON=sys.executable)).assert_done()
+    assert_same_run(tmp_path / "runs/run", straight_on_two)
+
+
+# -------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    """Copy a folder with a run in it; last.pt stays another name of the newest numbered file."""
+    shutil.copytree(folder / "runs", to / "runs")
+    run = to / "runs/run"
+    for name in ("last.pt", "best.pt"):
+        for numbered in run.glob("step-*.pt"):
+            if numbered.samefile(run / name) or (folder / "runs/run" / numbered.name).samefile(
+                folder / "runs/run" / name
+            ):
+                (run / name).unlink()
+                os.link(numbered, run / name)
+    return run
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_truncated_last_checkpoint_is_reported_and_the_one_before_used(recipe, stopped, straight, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    newest, before = sorted(run.glob("step-*.pt"), reverse=True)
+    assert newest.samefile(run / "last.pt") and before.name == f"step-{STEPS:08d}.pt"
+    truncate(run / "last.pt")
+    (ended,) = resume(tmp_path, recipe)
+    assert "last.pt is passed over: checkpoint runs/run/last.pt cannot be read: it is truncated" in ended.out
+    assert "last.pt is passed over" in (run / "log.txt").read_text()
+    assert f"going on from runs/run/{before.name}: epoch 1, step 0\n" in ended.out
+    assert_same_run(run, straight)
+
+
+def test_last_checkpoint_that_alone_is_damaged_costs_nothing(recipe, stopped, straight, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    newest = max(run.glob("step-*.pt"))
+    (run / "last.pt").unlink()
+    (run / "last.pt").write_bytes(b"")
+    (ended,) = resume(tmp_path, recipe)
+    assert "last.pt is passed over: checkpoint runs/run/last.pt is empty (0 bytes)" in ended.out
+    assert f"going on from runs/run/{newest.name}" in ended.out
+    assert_same_run(run, straight)
+
+
+def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(recipe, stopped, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    for path in run.glob("step-*.pt"):
+        truncate(path)
+    before = contents(run)
+    ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path)
+    ended.assert_failed(FAILED, "none of the checkpoints in runs/run can be read (2 tried", "train.name")
+    after = contents(run)
+    assert after.pop("log.txt").startswith(before.pop("log.txt"))
+    assert after == before
+
+
+# ----------------------------------------------------------------------------------------------- full disk
+
+
+def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, stopped, straight, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    before = contents(run)
+    ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, largest_file=len(before["last.pt"]) // 2)
+    name = f"step-{2 * STEPS:08d}.pt"
+    ended.assert_failed(FAILED, f"checkpoint runs/run/{name} could not be written", "MB free", "intact")
+    after = contents(run)
+    for name in before:
+        if name.endswith(".pt"):
+            assert after[name] == before[name], name
+    assert {name for name in after if name.endswith((".pt", ".tmp"))} == {n for n in before if n.endswith(".pt")}
+    assert ended.last_line.removeprefix("error: ") in (run / "log.txt").read_text()
+    # With room again, the same command goes on.
+    resume(tmp_path, recipe)
+    assert_same_run(run, straight)
+
+
+def test_full_disk_in_a_save_ends_every_process(recipe, stopped, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    before = contents(run)
+    started = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=2, largest_file=len(before["last.pt"]) // 2)
+    first, second = started.finish()
+    first.assert_failed(FAILED, "could not be written")
+    assert (second.code, second.out, second.err) == (FAILED, "", "")
+    assert contents(run)["last.pt"] == before["last.pt"]
+
+
+def test_full_disk_outside_a_save(recipe, stopped, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    before = contents(run)
+    ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, largest_file=len(before["metrics.csv"]) + 20)
+    ended.assert_failed(FAILED, "File too large", "Make room")
+    after = contents(run)
+    assert {n: after[n] for n in before if n.endswith(".pt")} == {n: before[n] for n in before if n.endswith(".pt")}
+
+
+# ------------------------------------------------------------------------------------------ non-finite loss
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoint(recipe, straight, tmp_path):
+    """The learning rate explodes with the second epoch: warmup_lr is that of the first."""
+    words = ("--schedule.per_step", "false", "--schedule.warmup_lr", "1e-3", "--optim.lr", "1e30")
+    ended = programs.run(TRAIN, "--config", recipe, *words, "--optim.clip_grad", "0", cwd=tmp_path)
+    run = tmp_path / "runs/run"
+    ended.assert_failed(
+        FAILED,
+        "loss and loss_cls and loss_dense not finite at step 6 (epoch 2)",
+        "learning rate 5e+29",
+        "last good checkpoint is runs/run/last.pt",
+        "optim.clip_grad",
+    )
+    state = load(run)
+    assert state["progress"]["global_step"] == STEPS
+    assert all(t.isfinite().all() for t in state["state_dict"].values())
+
+
+def test_weights_that_the_last_step_broke_never_replace_a_good_checkpoint(images, tmp_path):
+    """One step an epoch: every loss up to the save is finite, and the weights it would save are not usable."""
+    recipe = programs.write_recipe(
+        tmp_path / "recipe.yaml",
+        images,
+        optim={"lr": 1e30},
+        schedule={"epochs": 3, "warmup_epochs": 1, "warmup_lr": 1e-3},
+        data={"val_split": "none"},
+        train={"batch_size": 48},
+    )
+    ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path)
+    ended.assert_failed(FAILED, "norm of the weights not finite at step 2 (epoch 2)", "learning rate")
+    state = load(tmp_path / "runs/run")
+    assert state["progress"]["global_step"] == 1
+    assert max(float(t.abs().max()) for t in state["state_dict"].values()) < 100
