@@ -175,6 +175,25 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def average_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average gradients over ranks, adding them up in the order of the ranks (a communication hook of DDP, for CPUs).
+
+    An all-reduce adds in an order that depends on where in the bucket a gradient lies, and DDP arranges the buckets
+    anew after the first step: from three ranks on, a resumed run would differ in the last bit.
+    """
+    mine = bucket.buffer()
+    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    gathered = dist.all_gather(everyones, mine, async_op=True).get_future()
+
+    def average(_) -> torch.Tensor:
+        total = everyones[0]
+        for other in everyones[1:]:
+            total += other
+        return total.div_(len(everyones))
+
+    return gathered.then(average)
+
+
 class StopVote:
     """Agreement of all ranks on the step after which to stop.
 

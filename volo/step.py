@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from volo import distributed
 from volo.config import Config, ModelConfig
 from volo.data.dataset import Batch
 from volo.data.device import normalise_and_erase
@@ -123,8 +124,12 @@ class Learner:
             return model
         # Before each step rank 0's BatchNorm statistics go to every rank, so that a run which goes on from rank 0's
         # checkpoint is the same run.
-        devices = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        on_cpu = self.world.device.type == "cpu"
+        devices = None if on_cpu else [self.world.device.index]
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        if on_cpu:
+            wrapped.register_comm_hook(None, distributed.average_in_rank_order)
+        return wrapped
 
     def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
         """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
