@@ -53,10 +53,10 @@ def straight(recipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight_on_two(recipe, tmp_path_factory) -> Path:
-    """The run on two processes that was never stopped."""
-    folder = tmp_path_factory.mktemp("straight_on_two")
-    for ended in programs.start(TRAIN, "--config", recipe, cwd=folder, ranks=2).finish():
+def straight_on_three(recipe, tmp_path_factory) -> Path:
+    """The run on three processes that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight_on_three")
+    for ended in programs.start(TRAIN, "--config", recipe, cwd=folder, ranks=3).finish():
         ended.assert_done()
     return folder / "runs/run"
 
@@ -183,36 +183,36 @@ def test_stop_in_the_evaluation_before_training(recipe, straight, tmp_path):
     assert_same_run(tmp_path / "stopped/runs/run", tmp_path / "straight/runs/run")
 
 
-# ------------------------------------------------------------------------------------------- two processes
+# ----------------------------------------------------------------------------------------- three processes
 
 
-def test_stop_on_two_processes_where_one_hears_of_it(recipe, straight_on_two, tmp_path):
-    run = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=2)
-    run.follow(line(2, 2))
+def test_stop_on_three_processes_where_one_hears_of_it(recipe, straight_on_three, tmp_path):
+    """With three, the order in which gradients are added up counts, too."""
+    run = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=3)
+    run.follow(line(1, 1))
     os.kill(run.pids[1], signal.SIGTERM)
-    first, second = run.finish()
+    first, *others = run.finish()
     progress = saved_progress(tmp_path, first)
-    assert (second.code, second.err) == (STOPPED, "")
-    assert STEPS + 2 <= progress["global_step"] <= 2 * STEPS
-    resume(tmp_path, recipe, ranks=2)
-    assert_same_run(tmp_path / "runs/run", straight_on_two)
+    assert [(other.code, other.out, other.err) for other in others] == [(STOPPED, "", "")] * 2
+    assert 1 <= progress["global_step"] <= STEPS
+    resume(tmp_path, recipe, ranks=3)
+    assert_same_run(tmp_path / "runs/run", straight_on_three)
 
 
-def test_stop_through_the_launcher_and_resume_through_it(recipe, straight_on_two, tmp_path):
-    words = (LAUNCHER, 2, "--config", recipe)
-    process = programs.launch(*words, cwd=tmp_path, PYTHON=sys.executable)
+def test_stop_through_the_launcher(recipe, straight_on_three, tmp_path):
+    process = programs.launch(LAUNCHER, 3, "--config", recipe, cwd=tmp_path, PYTHON=sys.executable)
     seen = ""
     for printed in process.stdout:
         seen += printed
-        if line(1, 3) in printed:
+        if line(1, 2) in printed:
             process.terminate()
             break
     ended = programs.finish(process, seen)
     assert ended.code == STOPPED, f"{ended.out}\n{ended.err}"
-    assert "stopped by a signal at epoch" in ended.out
-    assert 3 <= load(tmp_path / "runs/run")["progress"]["global_step"] <= STEPS + 1
-    programs.finish(programs.launch(*words, cwd=tmp_path, PYTHON=sys.executable)).assert_done()
-    assert_same_run(tmp_path / "runs/run", straight_on_two)
+    assert ended.out.count("stopped by a signal at epoch") == 1
+    assert 2 <= load(tmp_path / "runs/run")["progress"]["global_step"] <= STEPS + 1
+    resume(tmp_path, recipe, ranks=3)
+    assert_same_run(tmp_path / "runs/run", straight_on_three)
 
 
 # -------------------------------------------------------------------------------------- damaged checkpoints
