@@ -320,7 +320,7 @@ class EmaConfig:
     Args:
         enabled: Keep an average.
         decay: Decay a step.
-        warmup: Let the decay grow from 0 with the steps, as 1 - (1 + step)^(-2/3), up to ``decay``.
+        warmup: Let the decay grow from 0 with the steps (from 0), as 1 - step^(-2/3), up to ``decay``.
     """
 
     enabled: bool = False
