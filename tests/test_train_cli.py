@@ -71,10 +71,10 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 def test_run_folder_holds_all_that_was_promised(how, request):
     run, ended = request.getfixturevalue(how)
     names = {path.name for path in run.iterdir()}
-    assert names >= {"config.yaml", "log.txt", "metrics.csv", "last.pt", "best.pt", "curves.png"}
+    assert names >= {"config.yaml", "log.txt", "metrics.csv", "last.pt", "best.pt", "curves.png", "batch.png"}
     assert len([name for name in names if name.startswith("events.out.tfevents")]) == 1
     assert sorted(name for name in names if name.startswith("step-")) == ["step-00000003.pt", "step-00000006.pt"]
-    assert len(names) == 9, "nothing else, no temporary file"
+    assert len(names) == 10, "nothing else, no temporary file"
     assert ended.err == ""
 
 
