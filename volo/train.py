@@ -59,7 +59,9 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)
         # A run that was killed before its first checkpoint starts over, and so do its records.
-        self.writer.truncate_after(self.progress.global_step if state is not None else -1)
+        # Where the process died between an evaluation and the save after it, that evaluation comes again.
+        redone = "val/top1" if self._epoch_is_open else None
+        self.writer.truncate_after(self.progress.global_step if state is not None else -1, redone)
         self.window = Window(world.device)
         self.stop = StopRequest()
         self.stop_vote = distributed.StopVote()
@@ -82,12 +84,17 @@ class Trainer:
             if not self._evaluate():
                 return False
             self._save(is_best=True)  # fine-tuning may never get better than what it started from
-        if progress.step == 0 and progress.closed_epochs < progress.epoch and not self._close_epoch():
+        if self._epoch_is_open and not self._close_epoch():
             return False
         while progress.epoch < config.schedule.total_epochs:
             if not (self._train_epoch() and self._close_epoch()):
                 return False
         return True
+
+    @property
+    def _epoch_is_open(self) -> bool:
+        """Whether the epoch that was trained last still has its evaluation before it."""
+        return self.progress.step == 0 and self.progress.closed_epochs < self.progress.epoch
 
     def _train_epoch(self) -> bool:
         """Train from the present step to the end of the epoch; return False where a signal stopped it."""

@@ -82,13 +82,17 @@ class MetricsWriter:
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         self._tensorboard().add_image(name, pixels, step, dataformats="HWC")
 
-    def truncate_after(self, step: int) -> None:
-        """Forget everything after ``step``, in the CSV file and in TensorBoard: the run goes on from there."""
+    def truncate_after(self, step: int, redone: str | None = None) -> None:
+        """Forget everything after ``step``, in the CSV file and in TensorBoard: the run goes on from there.
+
+        With ``redone``, rows of ``step`` itself that hold a value of that name leave the CSV file, too: what gave them
+        is done again.
+        """
         if not self._enabled:
             return
         if self._columns:
             _, rows, _ = _parse(self.path)
-            kept = [row for row in rows if int(row["step"]) <= step]
+            kept = [row for row in rows if int(row["step"]) <= step and not (int(row["step"]) == step and redone in row)]
             if len(kept) < len(rows):
                 logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), step)
                 self._rewrite(kept)
