@@ -92,7 +92,7 @@ class MetricsWriter:
             return
         if self._columns:
             _, rows, _ = _parse(self.path)
-            kept = [row for row in rows if int(row["step"]) <= step and not (int(row["step"]) == step and redone in row)]
+            kept = [row for row in rows if (at := int(row["step"])) < step or (at == step and redone not in row)]
             if len(kept) < len(rows):
                 logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), step)
                 self._rewrite(kept)
