@@ -279,17 +279,20 @@ def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(recipe, stopped
 # ----------------------------------------------------------------------------------------------- full disk
 
 
-def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, stopped, straight, tmp_path):
-    run = copy_of(stopped, tmp_path)
+def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, straight, tmp_path):
+    # Stopped between an epoch and its evaluation, the resumed run saves under a name that is there already.
+    progress = stop(tmp_path, recipe, line(1, STEPS))
+    assert (progress["global_step"], progress["closed_epochs"]) == (STEPS, 0)
+    run = tmp_path / "runs/run"
     before = contents(run)
     ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, largest_file=len(before["last.pt"]) // 2)
-    name = f"step-{2 * STEPS:08d}.pt"
+    name = f"step-{STEPS:08d}.pt"
     ended.assert_failed(FAILED, f"checkpoint runs/run/{name} could not be written", "MB free", "intact")
     after = contents(run)
-    for name in before:
-        if name.endswith(".pt"):
-            assert after[name] == before[name], name
-    assert {name for name in after if name.endswith((".pt", ".tmp"))} == {n for n in before if n.endswith(".pt")}
+    saved = {name for name in before if name.endswith(".pt")}
+    assert saved == {"last.pt", name}
+    assert {name: after[name] for name in saved} == {name: before[name] for name in saved}
+    assert {name for name in after if name.endswith((".pt", ".tmp"))} == saved
     assert ended.last_line.removeprefix("error: ") in (run / "log.txt").read_text()
     # With room again, the same command goes on.
     resume(tmp_path, recipe)
