@@ -1,5 +1,6 @@
 """Small configs, image folders and batches that several tests share."""
 
+import signal
 import sys
 
 import numpy as np
@@ -12,6 +13,12 @@ from volo.data.dataset import Batch
 
 # The tensors of most tests are too small to share: on a busy machine a second thread is mostly waited for.
 torch.set_num_threads(1)
+
+# A shell starts what it puts into the background with SIGINT ignored, nohup with SIGHUP ignored, and programs inherit
+# that: the tests that send these signals would wait for ever.
+for _signum in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_signum) == signal.SIG_IGN:
+        signal.signal(_signum, signal.default_int_handler if _signum == signal.SIGINT else signal.SIG_DFL)
 
 # One block a stage on 8 x 8 and 4 x 4 cells, 51,000 parameters: a step takes a few milliseconds.
 TINY_MODEL = {
