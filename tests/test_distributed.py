@@ -1,12 +1,14 @@
 """What ranks do together, in real groups of two and three processes over gloo, and alone."""
 
+import os
+
 import pytest
 import torch
 from processes import run_group
 from torch import nn
 
 from volo import distributed
-from volo.distributed import OtherRankFailed, StopVote, World
+from volo.distributed import OtherRankFailed, StopVote, World, worker_count
 
 
 class Buffered(nn.Module):
@@ -166,3 +168,12 @@ def test_devices(monkeypatch):
     assert distributed.resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="3 or more processes were started on this machine, which has 2 CUDA devices"):
         distributed.resolve_device("auto", local_rank=2)
+
+
+def test_readers_share_the_cores_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [worker_count(asked) for asked in (None, 0, 3, 20)] == [8, 0, 3, 20]
+    for processes, share in ((2, 6), (5, 2), (8, 1), (64, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert worker_count(None) == share

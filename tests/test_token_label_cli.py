@@ -8,7 +8,8 @@ import torch
 from programs import CLASSES, TRAIN, USAGE, make_images, run, start, write_recipe
 
 from volo.data.records import class_names, scan_class_folders
-from volo.token_labels import StoreWriter, TokenLabelMap, label_key
+from volo.token_labels.store import TokenLabelMap, label_key
+from volo.token_labels.writer import StoreWriter
 
 pytestmark = pytest.mark.xdist_group("token_labels")
 

@@ -105,7 +105,7 @@ class DataConfig:
         val_labels: Labels file for a flat validation folder: one "name label" or one label a line.
         class_list: Class names in index order: "folders" (sorted names of the training folders), "imagenet"
             (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
-        workers: Loader processes a rank.
+        workers: Processes that read images, for each process that trains; by default one a core, up to 8.
         on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
             another image, drawn from seed, epoch and index, takes its place).
         exif: "ignore" orientation tags, as the published code does, or "apply" them.
@@ -116,12 +116,12 @@ class DataConfig:
     val_split: str = "val"
     val_labels: str | None = None
     class_list: str = "folders"
-    workers: int = 8
+    workers: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
     exif: Literal["ignore", "apply"] = "ignore"
 
     def __post_init__(self):
-        _require(self.workers >= 0, f"data.workers is {self.workers}; 0 or more")
+        _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}; 0 or more")
 
 
 @dataclass(frozen=True)

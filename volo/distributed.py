@@ -61,6 +61,14 @@ def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def worker_count(asked: int | None) -> int:
+    """Return how many processes read images for this one: as ``asked``, else its share of the cores, 1 to 8."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+
+
 def initialise(device_choice: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 

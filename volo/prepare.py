@@ -15,7 +15,7 @@ from volo.config import Config, DataConfig, ModelConfig
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from volo.data.records import ImageRecords, class_names, scan_class_folders, scan_flat, split_folder
-from volo.distributed import World
+from volo.distributed import World, worker_count
 from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
@@ -136,7 +136,7 @@ def make_train_loader(
         world_size=world.size,
         rank=world.rank,
         micro_batches=plan.micro_batches,
-        workers=config.data.workers,
+        workers=worker_count(config.data.workers),
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
@@ -152,7 +152,7 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
         batch_size=config.eval.batch_size,
         rank=world.rank,
         world_size=world.size,
-        workers=config.data.workers,
+        workers=worker_count(config.data.workers),
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",

@@ -24,11 +24,12 @@ from torch import nn
 from volo.data.records import scan_class_folders
 from volo.models import create_model, load_checkpoint
 from volo.program import DONE, UsageError
-from volo.token_labels import PublishedLabels, TokenLabelStore, label_key
 from volo.token_labels.blocks import BlockFolder
 from volo.token_labels.generate import run_generation
 from volo.token_labels.generate_options import GenerateOptions
 from volo.token_labels.labeller import Labeller
+from volo.token_labels.published import PublishedLabels
+from volo.token_labels.store import TokenLabelStore, label_key
 from volo.token_labels.teacher import Teacher, timm_logits
 from volo.token_labels.teacher_input import TeacherInput, read_chunks
 

@@ -19,8 +19,9 @@ import torch
 
 from volo.data.records import imagenet_classes
 from volo.program import UsageError
-from volo.token_labels import TokenLabelStore, open_labels
+from volo.token_labels.opening import open_labels
 from volo.token_labels.pack import Options, run_packing
+from volo.token_labels.store import TokenLabelStore
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pack_token_labels.py"
 FORK = multiprocessing.get_context("fork")

@@ -20,18 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volo.token_labels import (
-    PublishedLabels,
-    StoreHeader,
-    StoreWriter,
-    TokenLabelMap,
-    TokenLabelStore,
-    check_covers,
-    label_key,
-    open_labels,
-    store,
-    writer,
-)
+from volo.token_labels import store, writer
+from volo.token_labels.opening import check_covers, open_labels
+from volo.token_labels.published import PublishedLabels
+from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
+from volo.token_labels.writer import StoreWriter
 
 HEADER = {"teacher": "a teacher", "geometry": "whole_image", "top_k": 2, "num_classes": 10}
 FORK = multiprocessing.get_context("fork")

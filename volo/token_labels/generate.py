@@ -20,7 +20,7 @@ import torch
 
 from volo import distributed
 from volo.data.records import ImageRecords, class_names, folder_layout, scan_class_folders
-from volo.distributed import World
+from volo.distributed import World, worker_count
 from volo.models import read_checkpoint
 from volo.precision import Precision
 from volo.program import DONE, STOPPED, UsageError
@@ -161,14 +161,19 @@ def label_blocks(
         return
     blocks = [folder.images(number) for number in mine]
     chunks, num_chunks = read_chunks(
-        records, blocks, teacher.input, geometry=options.geometry, exif=options.exif, workers=options.workers
+        records,
+        blocks,
+        teacher.input,
+        geometry=options.geometry,
+        exif=options.exif,
+        workers=worker_count(options.workers),
     )
     labeller = Labeller(
         teacher, records, world.device, precision.autocast, options.top_k, options.batch_size, options.on_error
     )
     total = sum(map(len, blocks))
     title = "labels" if world.size == 1 else f"labels, process 1 of {world.size}"
-    progress = Progress(total, title, enabled=world.is_main, log_every=max(total // 100, 1))
+    progress = Progress(total, title, enabled=world.is_main, log_every=max(total // 100, 500))
     begin, seen = time.perf_counter(), 0
 
     def count(images: int) -> None:

@@ -32,7 +32,7 @@ class GenerateOptions:
         format: "packed" writes one memory-mapped store; "published" a folder of .pt files as the published code reads.
         batch_size: Images of one forward pass of a process.
         block_size: Images between two saves of a process: as many may have to be done again after a kill.
-        workers: Processes that read images, for each process that labels.
+        workers: Processes that read images, for each process that labels; by default one a core, up to 8.
         precision: Arithmetic of the features; the classifier is always in fp32. auto is bf16 on CUDA, fp32 on the CPU.
         device: auto takes CUDA where there is one.
         on_error: An unreadable image: "fail" names it and stops; "skip" lists it, and it gets no label.
@@ -52,7 +52,7 @@ class GenerateOptions:
     format: Literal["packed", "published"] = "packed"
     batch_size: int = 64
     block_size: int = 1024
-    workers: int = 8
+    workers: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_error: Literal["fail", "skip"] = "fail"
@@ -61,7 +61,7 @@ class GenerateOptions:
     def __post_init__(self):
         for name in ("top_k", "batch_size", "block_size"):
             _require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; at least 1")
-        _require(self.workers >= 0, f"--workers is {self.workers}; 0 or more")
+        _require(self.workers is None or self.workers >= 0, f"--workers is {self.workers}; 0 or more")
         sides = [self.img_size] if isinstance(self.img_size, int) else self.img_size or [1]
         _require(
             len(sides) <= 2 and min(sides) >= 1,
