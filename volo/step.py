@@ -116,6 +116,7 @@ class Learner:
             if self.world.device.type == "cpu":
                 raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.set_recompute(config.train.recompute)
         memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
         return model.to(self.world.device, memory_format=memory_format)
 

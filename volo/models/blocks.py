@@ -5,12 +5,16 @@ Between blocks tokens are [B, H, W, C], contiguous, because every linear layer a
 Attribute names are those of the published code: they are the keys of its state_dict.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from volo.models.outlook_attention import outlook_attention
+from volo.models.recompute import Recompute, recomputed
 
 
 class PatchEmbed(nn.Module):
@@ -28,12 +32,24 @@ class PatchEmbed(nn.Module):
             ]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden_dim, embed_dim, kernel_size=patch_size // 2, stride=patch_size // 2)
+        self.recompute: Recompute = "cheap"
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        x = self.conv(images)  # [B, hidden, H/2, W/2]
-        x = self.proj(x)  # [B, C, H/p, W/p]
+        # Of the first convolution too the input is kept: with 3 channels going in, its output costs the least.
+        conv1, norm1, relu1, conv2, norm2, relu2, conv3, norm3, relu3 = self.conv
+        keep = self._keep
+        x = keep(lambda x: conv2(relu1(norm1(conv1(x)))), images, norm1)  # [B, hidden, H/2, W/2]
+        x = keep(lambda x: conv3(relu2(norm2(x))), x, norm2)  # [B, hidden, H/2, W/2]
+        x = keep(lambda x: self.proj(relu3(norm3(x))), x, norm3)  # [B, C, H/p, W/p]
         # One copy here (none for channels_last images) spares one in every LayerNorm of the first stage.
         return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
+
+    def _keep(self, function: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module) -> Tensor:
+        """Apply ``function``, in which ``norm`` is the only norm, and keep ``x`` alone for the backward pass."""
+        # A SyncBatchNorm would talk to the other processes once more, in the middle of the backward pass.
+        if self.recompute == "none" or isinstance(norm, nn.SyncBatchNorm) or torch.compiler.is_compiling():
+            return function(x)
+        return recomputed(function, x, norms=(norm,))
 
 
 class Downsample(nn.Module):
@@ -75,10 +91,15 @@ class OutlookAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        centres = x.permute(0, 3, 1, 2)  # [B, C, H, W]
+        return self.proj_drop(self.mix(x, self.logits(x)))
+
+    def logits(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        x = x.permute(0, 3, 1, 2)  # [B, C, H, W]
         # ceil_mode: on an odd side the last pool holds fewer cells and is their mean.
-        centres = F.avg_pool2d(centres, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
-        logits = self.attn(centres.permute(0, 2, 3, 1))  # [B, h, w, heads*K^4]
+        centres = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
+        return self.attn(centres.permute(0, 2, 3, 1))  # [B, h, w, heads*K^4]
+
+    def mix(self, x: Tensor, logits: Tensor) -> Tensor:  # [B, H, W, C], [B, h, w, heads*K^4]
         x = outlook_attention(
             self.v(x),
             logits,
@@ -88,7 +109,7 @@ class OutlookAttention(nn.Module):
             padding=self.padding,
             dropout_p=self.attn_drop if self.training else 0.0,
         )  # [B, H, W, C]
-        return self.proj_drop(self.proj(x))
+        return self.proj(x)
 
 
 class SelfAttention(nn.Module):
@@ -103,11 +124,13 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        B, H, W, C = x.shape
-        qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+        return self.attend(self.qkv(x))
+
+    def attend(self, qkv: Tensor) -> Tensor:  # [B, H, W, 3*C]
+        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        q, k, v = qkv.view(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        x = x.transpose(1, 2).reshape(B, H, W, C)
+        x = x.transpose(1, 2).reshape(B, H, W, C)  # from [B, heads, N, d]
         return self.proj_drop(self.proj(x))
 
 
@@ -134,7 +157,10 @@ class ClassAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block on the grid: an Outlooker or a Transformer, as its attention says."""
+    """Pre-norm residual block on the grid, [B, H, W, C] -> [B, H, W, C]; see Outlooker and Transformer.
+
+    ``recompute`` says what is kept for the backward pass (volo/models/recompute.py); the output is the same.
+    """
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
@@ -144,11 +170,48 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         # Both branches share the rate and draw apart from each other.
         self.drop_path = DropPath(drop_path)
+        self.recompute: Recompute = "cheap"
+        self._draws = drop > 0 or attn.attn_drop > 0
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            return checkpoint(self.branches, x, use_reentrant=False)
+        return self.branches(x)
+
+    def branches(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        # Compiled graphs choose by themselves what to keep; and what drops at random cannot be computed again.
+        lean = self.recompute == "cheap" and not self._draws and not torch.compiler.is_compiling()
+        x = x + self.drop_path(self.attend_lean(x) if lean else self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.feed_lean(x) if lean else self.mlp(self.norm2(x)))
         return x
+
+    def attend_lean(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def feed_lean(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Outlooker(Block):
+    """Outlook attention and an MLP. The grid is at its largest and the channels few: products are made again."""
+
+    def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        logits = recomputed(lambda x: self.attn.logits(self.norm1(x)), x)  # [B, h, w, heads*K^4]
+        return recomputed(lambda x, logits: self.attn.mix(self.norm1(x), logits), x, logits)  # [B, H, W, C]
+
+    def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        return recomputed(lambda x: self.mlp(self.norm2(x)), x)  # [B, H, W, C]
+
+
+class Transformer(Block):
+    """Self-attention and an MLP; no matrix product is made again."""
+
+    def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        return self.attn.attend(recomputed(lambda x: self.attn.qkv(self.norm1(x)), x))  # [B, H, W, C]
+
+    def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)  # [B, H, W, ratio*C]
+        return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)  # [B, H, W, C]
 
 
 class ClassBlock(nn.Module):

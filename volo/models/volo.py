@@ -6,7 +6,7 @@ B images, H x W grid, C channels of a stage, N final tokens, D channels of the l
           -> Transformers -> class blocks -> norm -> head (class token) and aux_head (every other token)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from timm.layers import trunc_normal_
@@ -19,9 +19,12 @@ from volo.models.blocks import (
     ClassBlock,
     Downsample,
     OutlookAttention,
+    Outlooker,
     PatchEmbed,
     SelfAttention,
+    Transformer,
 )
+from volo.models.recompute import Recompute
 
 
 class TokenLogits(NamedTuple):
@@ -137,6 +140,14 @@ class VOLO(nn.Module):
         self._check(images)
         return [x.permute(0, 3, 1, 2) for x in self._grid_maps(self.patch_embed(images))]
 
+    def set_recompute(self, what: Recompute) -> None:
+        """Choose what is kept for the backward pass: "none" is computed again, "cheap" things, or whole "blocks"."""
+        if what not in get_args(Recompute):
+            raise ValueError(f"recompute is {what!r}; it is one of {', '.join(get_args(Recompute))}")
+        for module in self.modules():
+            if isinstance(module, Block | PatchEmbed):
+                module.recompute = what
+
     def no_weight_decay(self) -> set[str]:
         """Parameters exempt from weight decay beside the 1-D ones; timm's optimizer factory asks for them."""
         return {"pos_embed", "cls_token"} & {name for name, _ in self.named_parameters()}
@@ -221,10 +232,10 @@ def _block(arch: Architecture, stage: int, drop_path: float) -> Block:
             "stride": arch.outlook_stride,
             "padding": arch.outlook_padding,
         }
-        attn = OutlookAttention(dim, num_heads, **window, **common)
+        kind, attn = Outlooker, OutlookAttention(dim, num_heads, **window, **common)
     else:
-        attn = SelfAttention(dim, num_heads, **common)
-    return Block(dim, attn, arch.mlp_ratios[stage], arch.drop_rate, drop_path)
+        kind, attn = Transformer, SelfAttention(dim, num_heads, **common)
+    return kind(dim, attn, arch.mlp_ratios[stage], arch.drop_rate, drop_path)
 
 
 def _class_block(arch: Architecture) -> ClassBlock:
