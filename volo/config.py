@@ -370,6 +370,8 @@ class TrainConfig:
         precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, where the installed Apex has it.
         device: "auto" takes CUDA where it is found; or "cuda", "cpu".
         compile: Compile the model with torch.compile.
+        kernel: Kernel of outlook attention: "auto" takes the native one (C++ on the CPU, Triton on CUDA) where it
+            runs, else the reference in plain PyTorch; or insist on "native" or "reference".
         recompute: What is computed again in the backward pass instead of being kept: "none"; "cheap", what costs a
             few percent of a step and halves the memory; "blocks", everything but the inputs of blocks.
         channels_last: Keep image tensors in channels-last memory order.
@@ -389,6 +391,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16", "apex_o1"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool = False
+    kernel: Literal["auto", "reference", "native"] = "auto"
     recompute: Literal["none", "cheap", "blocks"] = "cheap"
     channels_last: bool = False
     sync_bn: bool = False

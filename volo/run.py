@@ -70,6 +70,7 @@ def describe(trainer: Trainer) -> str:
         ("model", f"{config.model.name}, {parameters:,} parameters, {height}x{width}, {len(splits.classes)} classes"),
         ("images", f"{len(splits.train):,} to train on, {len(splits.val) if splits.val else 0:,} to evaluate on"),
         ("processes", f"{world.size} on {device}, precision {trainer.learner.precision.name}"),
+        ("outlook", trainer.learner.kernel),
         ("batch", f"{plan.global_size} images a step, {plan.global_size // world.size} a process{passes}"),
         ("schedule", f"{steps} steps an epoch, {total} epochs; learning rate to {config.optim.lr:g}, not scaled"),
     ]

@@ -72,6 +72,7 @@ class Learner:
         self.config, self.world, self.plan = config, world, plan
         self.precision = Precision.resolve(config.train.precision, world.device)
         self.model = self._make_model(state)
+        self.kernel = self.model.set_kernel(config.train.kernel)
         self.grid = self.model.grid_size
         labels = config.token_label
         self.loss = TokenLabelLoss(
@@ -195,7 +196,9 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if config.clip_grad > 0:
+        if config.clip_grad > 0 and config.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)  # the norm is there already
+        elif config.clip_grad > 0:
             dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -82,13 +82,13 @@ def run_validation(config: Config, options: Options) -> int:
         model = build_model(config.model)
         report, classes = load_weights(model, options)
         datasets = distributed.on_main(lambda: find_datasets(config, options, classes))
-    model.to(world.device)
+        kernel = model.to(world.device).set_kernel(config.train.kernel)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
         model.compile()
 
-    provenance = describe(config, options, report, precision, world)
+    provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
     _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in provenance.items()))
     rows = []
     for dataset in datasets:

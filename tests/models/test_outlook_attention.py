@@ -9,7 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from volo.models import outlook_attention
+from volo.models import create_model, outlook_attention
+
+KERNELS = ["reference", "native"]
 
 
 def windows_of(side, kernel, stride, padding):
@@ -51,6 +53,7 @@ def draw(B, H, W, heads, d, kernel, stride, padding, seed=0):
     return value, logits
 
 
+@pytest.mark.parametrize("kernel_choice", KERNELS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
@@ -62,29 +65,37 @@ def draw(B, H, W, heads, d, kernel, stride, padding, seed=0):
     stride=st.integers(1, 4),
     padding=st.integers(0, 2),
 )
-def test_equals_loops_for_any_shape(B, H, W, heads, d, kernel, stride, padding):
+def test_equals_loops_for_any_shape(kernel_choice, B, H, W, heads, d, kernel, stride, padding):
     assume(min(windows_of(H, kernel, stride, padding), windows_of(W, kernel, stride, padding)) >= 1)
     value, logits = draw(B, H, W, heads, d, kernel, stride, padding)
-    ours = outlook_attention(value, logits, num_heads=heads, kernel_size=kernel, stride=stride, padding=padding)
+    ours = outlook_attention(
+        value, logits, num_heads=heads, kernel_size=kernel, stride=stride, padding=padding, kernel=kernel_choice
+    )
     torch.testing.assert_close(ours, by_loops(value, logits, heads, kernel, stride, padding))
 
 
+@pytest.mark.parametrize("kernel_choice", KERNELS)
 @pytest.mark.parametrize(
     ("H", "W", "kernel", "stride", "padding"),
     [(7, 5, 3, 2, 1), (4, 6, 3, 1, 1), (5, 4, 5, 2, 2), (3, 4, 5, 1, 2), (6, 7, 3, 3, 1), (4, 4, 2, 2, 0)],
 )
-def test_equals_loops_at_chosen_shapes(H, W, kernel, stride, padding):
+def test_equals_loops_at_chosen_shapes(kernel_choice, H, W, kernel, stride, padding):
     value, logits = draw(2, H, W, 2, 2, kernel, stride, padding)
-    ours = outlook_attention(value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding)
+    ours = outlook_attention(
+        value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding, kernel=kernel_choice
+    )
     torch.testing.assert_close(ours, by_loops(value, logits, 2, kernel, stride, padding))
 
 
+@pytest.mark.parametrize("kernel_choice", KERNELS)
 @pytest.mark.parametrize(("H", "W", "kernel", "stride", "padding"), [(3, 4, 3, 2, 1), (3, 2, 3, 1, 1), (3, 3, 5, 2, 2)])
-def test_gradients(H, W, kernel, stride, padding):
+def test_gradients(kernel_choice, H, W, kernel, stride, padding):
     value, logits = draw(1, H, W, 2, 1, kernel, stride, padding)
 
     def run(value, logits):
-        return outlook_attention(value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding)
+        return outlook_attention(
+            value, logits, num_heads=2, kernel_size=kernel, stride=stride, padding=padding, kernel=kernel_choice
+        )
 
     assert torch.autograd.gradcheck(run, (value.requires_grad_(), logits.requires_grad_()), fast_mode=True)
 
@@ -130,3 +141,81 @@ def test_the_worked_example_is_true():
     result = doctest.testmod(module)
     assert result.attempted >= 7
     assert result.failed == 0
+
+
+# --- choice of kernel, and the native one as an operator of torch -----------------------------------------------
+
+
+@pytest.mark.parametrize(("B", "H", "W"), [(1, 4, 4), (2, 5, 3)])
+def test_native_operator_is_well_formed(B, H, W):
+    value, logits = (x.float().requires_grad_() for x in draw(B, H, W, 2, 3, 3, 2, 1))
+    torch.library.opcheck(torch.ops.volo.outlook_attention.default, (value, logits, 2, 3, 2, 1))
+    grad = torch.randn(B, H, W, 6)
+    arguments = (grad, value.detach(), logits.detach(), 2, 3, 2, 1)
+    torch.library.opcheck(torch.ops.volo.outlook_attention_backward.default, arguments)
+
+
+def test_native_kernel_is_in_the_compiled_graph():
+    value, logits = (x.float().requires_grad_() for x in draw(2, 5, 4, 2, 2, 3, 2, 1))
+
+    def run(value, logits):
+        return outlook_attention(value, logits, num_heads=2, kernel="native").square()
+
+    graphs = []
+
+    def keep_graph(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=keep_graph)
+    torch.testing.assert_close(compiled(value, logits), run(value, logits))
+    assert [str(node.target) for node in graphs[0].graph.nodes].count("volo.outlook_attention.default") == 1
+
+
+def test_export_keeps_the_operator(make_small):
+    model, images = make_small().eval(), torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (images,))
+    assert "volo.outlook_attention.default" in {str(node.target) for node in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(images), model(images))
+
+
+def test_half_precision_is_within_its_rounding():
+    value, logits = (x.float() for x in draw(2, 8, 6, 3, 32, 3, 2, 1))
+    exact = outlook_attention(value, logits, num_heads=3, kernel="reference")
+    for dtype, digits in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        for choice in KERNELS:
+            ours = outlook_attention(value.to(dtype), logits.to(dtype), num_heads=3, kernel=choice)
+            assert ours.dtype == dtype
+            assert (ours.float() - exact).abs().max() <= 16 * digits * exact.abs().max()
+
+
+def test_dropout_takes_the_reference():
+    value, logits = draw(1, 4, 4, 2, 2, 3, 2, 1)
+    dropped = outlook_attention(value, logits, num_heads=2, dropout_p=0.9)
+    assert not torch.allclose(dropped, outlook_attention(value, logits, num_heads=2))
+    with pytest.raises(ValueError, match="cannot be used: It has no dropout"):
+        outlook_attention(value, logits, num_heads=2, dropout_p=0.9, kernel="native")
+
+
+def test_devices_without_a_kernel_take_the_reference():
+    value, logits = (x.to("meta") for x in draw(1, 4, 4, 2, 2, 3, 2, 1))
+    assert outlook_attention(value, logits, num_heads=2).shape == (1, 4, 4, 4)
+    with pytest.raises(ValueError, match="There is none for devices of type meta"):
+        outlook_attention(value, logits, num_heads=2, kernel="native")
+
+
+def test_network_says_what_it_took(make_small):
+    model, images = make_small().double().eval(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    logits = {}
+    for choice, said in (("auto", "native, for cpu"), ("native", "native, for cpu"), ("reference", "reference, as")):
+        assert model.set_kernel(choice).startswith(said)
+        logits[choice] = model(images)
+    assert torch.equal(logits["auto"], logits["native"])
+    torch.testing.assert_close(logits["native"], logits["reference"])
+    with pytest.raises(ValueError, match="kernel is 'fast'; it is one of auto, reference, native"):
+        model.set_kernel("fast")
+    dropping = create_model("volo_nano", img_size=32, attn_drop_rate=0.1)
+    assert dropping.set_kernel("auto").startswith("reference. It has no dropout")
+    with pytest.raises(ValueError, match="no dropout"):
+        dropping.set_kernel("native")

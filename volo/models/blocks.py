@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from volo.models.outlook_attention import outlook_attention
+from volo.models.outlook_attention import Kernel, outlook_attention
 from volo.models.recompute import Recompute, recomputed
 
 
@@ -85,6 +85,7 @@ class OutlookAttention(nn.Module):
         self.stride = stride
         self.padding = padding
         self.attn_drop = attn_drop
+        self.kernel: Kernel = "auto"
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.proj = nn.Linear(dim, dim)
@@ -108,6 +109,7 @@ class OutlookAttention(nn.Module):
             stride=self.stride,
             padding=self.padding,
             dropout_p=self.attn_drop if self.training else 0.0,
+            kernel=self.kernel,
         )  # [B, H, W, C]
         return self.proj(x)
 

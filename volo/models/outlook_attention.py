@@ -1,14 +1,25 @@
-"""Outlook attention, the operator of VOLO (arXiv 2106.13112, section 3.1): definition and reference.
+"""Outlook attention, the operator of VOLO (arXiv 2106.13112, section 3.1): definition, reference, choice of kernel.
 
 B images, H x W grid, C channels, h x w windows, K kernel side, n = h*w windows, d channels of one head.
 
 Self-attention compares every cell with every other. Outlook attention compares nothing: each K x K window
 has its K^2 x K^2 attention matrix predicted by a linear layer from the features at the window's centre, the
 matrix mixes the K^2 values of the window into K^2 outputs, and every cell sums what the windows over it say.
+
+The reference states it in plain PyTorch. The native kernels (volo/models/kernels: C++ on the CPU, Triton on CUDA) are
+one operator of torch's library, ``volo::outlook_attention``, with shape functions and gradient: torch.compile and
+torch.export take it as it is, without a graph break.
 """
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from volo.models.kernels import cpu
+
+Kernel = Literal["auto", "reference", "native"]
 
 
 def outlook_attention(
@@ -20,6 +31,7 @@ def outlook_attention(
     stride: int = 2,
     padding: int = 1,
     dropout_p: float = 0.0,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Mix each window of ``value`` with its own attention matrix and sum the windows where they overlap.
 
@@ -32,12 +44,13 @@ def outlook_attention(
         stride: Distance between neighbouring windows.
         padding: Zeros around the grid. A padded key keeps its share of the softmax but adds nothing.
         dropout_p: Probability of dropping an attention weight; give 0 outside training.
+        kernel: "auto" takes the native kernel where there is one; "native" takes it or raises; "reference".
 
     Returns:
         [B, H, W, C]. Overlapping windows are summed, not averaged; a cell without a window is 0.
 
     Raises:
-        ValueError: C is no multiple of the heads, or the logits do not fit the windows.
+        ValueError: C is no multiple of the heads, the logits do not fit the windows, or "native" cannot be had.
 
     The layout, on a 4 x 4 grid of one channel with K = 3, stride 2, padding 1. The cells are numbered from 1, so
     that 0 is padding. There are 2 x 2 windows, centred on the cells 1, 3, 9 and 11, and unfold makes each a
@@ -68,19 +81,32 @@ def outlook_attention(
     14
     """
     B, H, W, C = value.shape
-    area = kernel_size * kernel_size
     h = (H + 2 * padding - kernel_size) // stride + 1
     w = (W + 2 * padding - kernel_size) // stride + 1
-    n = h * w
     if C % num_heads:
         raise ValueError(f"value has {C} channels, which {num_heads} heads do not divide")
     if min(h, w) < 1:
         raise ValueError(f"a window of {kernel_size} does not fit a {H}x{W} grid with padding {padding}")
-    if logits.shape != (B, h, w, num_heads * area * area):
+    if logits.shape != (B, h, w, num_heads * kernel_size**4):
         raise ValueError(
             f"logits are {list(logits.shape)}; kernel {kernel_size}, stride {stride} and padding {padding} with "
-            f"{num_heads} heads need {[B, h, w, num_heads * area * area]} for values {list(value.shape)}"
+            f"{num_heads} heads need {[B, h, w, num_heads * kernel_size**4]} for values {list(value.shape)}"
         )
+    if kernel != "reference":
+        reason = why_not_native(value.device.type) if dropout_p == 0 else "It has no dropout of attention weights"
+        if reason is None:
+            return _native(value, logits, num_heads, kernel_size, stride, padding)
+        if kernel == "native":
+            raise ValueError(f"the native kernel of outlook attention cannot be used: {reason}")
+    return _reference(value, logits, num_heads, kernel_size, stride, padding, dropout_p)
+
+
+def _reference(
+    value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int, dropout_p: float
+) -> Tensor:
+    B, H, W, C = value.shape
+    n = logits.shape[1] * logits.shape[2]
+    area = kernel_size * kernel_size
     d = C // num_heads
 
     v = F.unfold(value.permute(0, 3, 1, 2), kernel_size, padding=padding, stride=stride)  # [B, C*K^2, n]
@@ -92,3 +118,51 @@ def outlook_attention(
     y = y.permute(0, 1, 4, 3, 2).reshape(B, C * area, n)  # [B, C*K^2, n]
     y = F.fold(y, (H, W), kernel_size, padding=padding, stride=stride)  # [B, C, H, W]
     return y.permute(0, 2, 3, 1)  # [B, H, W, C]
+
+
+_KERNELS = {"cpu": cpu}
+
+
+@torch.compiler.assume_constant_result
+def why_not_native(device_type: str) -> str | None:
+    """Return why the native kernel cannot run on devices of this type, or None where it can.
+
+    On the CPU the first call builds it, where it has not been built on this machine before.
+    """
+    kernels = _KERNELS.get(device_type)
+    return f"There is none for devices of type {device_type}" if kernels is None else kernels.why_not()
+
+
+@torch.library.custom_op("volo::outlook_attention", mutates_args=(), device_types=tuple(_KERNELS))
+def _native(value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int) -> Tensor:
+    return _KERNELS[value.device.type].forward(value, logits, num_heads, kernel_size, stride, padding)
+
+
+@torch.library.custom_op("volo::outlook_attention_backward", mutates_args=(), device_types=tuple(_KERNELS))
+def _native_backward(
+    grad: Tensor, value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    return _KERNELS[value.device.type].backward(grad, value, logits, num_heads, kernel_size, stride, padding)
+
+
+@_native.register_fake
+def _(value, logits, num_heads, kernel_size, stride, padding):
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+@_native_backward.register_fake
+def _(grad, value, logits, num_heads, kernel_size, stride, padding):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, logits))
+
+
+def _keep(ctx, inputs, output):
+    # Values and logits alone: the attention weights are computed again, which costs less than reading them would.
+    value, logits, *ctx.window = inputs
+    ctx.save_for_backward(value, logits)
+
+
+def _gradients(ctx, grad):
+    return *_native_backward(grad, *ctx.saved_tensors, *ctx.window), None, None, None, None
+
+
+_native.register_autograd(_gradients, setup_context=_keep)
