@@ -5,8 +5,8 @@ this file in processes of their own. The interpreter executes each program of th
 small, and the constants that decide how work is divided are lowered where many programs shall meet.
 """
 
+import functools
 import os
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,8 +22,9 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_kernel_cuda.py"
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+from volo.models.kernels import cuda_kernels  # noqa: E402
+
 TINY = {"B": 1, "H": 5, "W": 5, "heads": 1, "d": 2, "kernel": 3, "stride": 2, "padding": 1}
-BACKWARD_TENSORS = ("grad", "value", "logits", "grad_value", "grad_logits")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -152,11 +153,10 @@ def test_empty_batch():
 
 
 class Accesses:
-    """How often each element of the tensors it is given is loaded and stored. Raises for any other address."""
+    """How often a kernel loads and stores each element of its tensors, by name. Raises for any other address."""
 
-    def __init__(self, monkeypatch, tensors):
-        self.tensors = tensors
-        self.loads, self.stores = ({name: np.zeros(x.numel(), int) for name, x in tensors.items()} for _ in range(2))
+    def __init__(self, monkeypatch, kernel):
+        self.names, self.loads, self.stores = kernel.arg_names, {}, {}
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
         def counted_load(builder, pointers, mask, *rest):
@@ -169,64 +169,60 @@ class Accesses:
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        monkeypatch.setattr(kernel, "pre_run_hooks", [self.begin])
+
+    def begin(self, *arguments, **constants):
+        """Take note of the tensors where the interpreter has put them."""
+        named = zip(self.names, arguments, strict=False)
+        self.tensors = {name: x for name, x in named if isinstance(x, torch.Tensor)}
+        for counts in (self.loads, self.stores):
+            counts.update({name: np.zeros(x.numel(), int) for name, x in self.tensors.items()})
 
     def note(self, counts, pointers, mask):
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
         found = 0
         for name, x in self.tensors.items():
             index = (addresses - x.data_ptr()) // x.element_size()
-            index = index[(addresses >= x.data_ptr()) & (index < x.numel())]
+            index = index[(index >= 0) & (index < x.numel())]
             np.add.at(counts[name], index, 1)
             found += len(index)
         assert found == len(addresses), "an access outside the tensors"
 
     def bytes(self):
-        moved = Counter()
-        for name, x in self.tensors.items():
-            moved[name] += int((self.loads[name].sum() + self.stores[name].sum()) * x.element_size())
-        return dict(moved)
+        counts = {name: self.loads[name].sum() + self.stores[name].sum() for name in self.tensors}
+        return {name: int(count) * self.tensors[name].element_size() for name, count in counts.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "rows", "lanes"),
+    ("shape", "dtype", "rows", "lanes"),
     [
         # One head of one image of D1 at 224, walked by one program, as in a batch that fills the GPU.
-        ({"H": 28, "W": 28, "d": 32}, 14, None),
-        ({"B": 2, "H": 9, "W": 7, "heads": 2}, 2, None),
-        ({"H": 5, "W": 37, "d": 17}, 3, 8),
-        ({"H": 4, "W": 11, "kernel": 2, "stride": 3, "padding": 2}, 1, 8),
-        ({"H": 5, "W": 9, "stride": 1}, 2, 8),
+        ({"H": 28, "W": 28, "d": 32}, torch.bfloat16, 14, None),
+        ({"B": 2, "H": 9, "W": 7, "heads": 2}, torch.float32, 2, None),
+        ({"H": 5, "W": 37, "d": 17}, torch.float16, 3, 8),
+        ({"H": 4, "W": 11, "kernel": 2, "stride": 3, "padding": 2}, torch.float32, 1, 8),
+        ({"H": 5, "W": 9, "stride": 1}, torch.float32, 2, 8),
     ],
     ids=str,
 )
-def test_bytes_moved(shape, rows, lanes, dtype, divide, monkeypatch):
+def test_bytes_moved(shape, dtype, rows, lanes, divide, monkeypatch):
     """traffic.py's sums are what the kernels load and store, and each result is written exactly once."""
-    if dtype == torch.float32 and shape["H"] == 28:
-        shape = shape | {"W": 5}  # its rows once more; the interpreter takes its time
     shape = TINY | shape
     divide(rows, lanes)
     value, logits, grad, window = draw(shape, dtype)
     layer = ((shape["B"], shape["H"], shape["W"]), shape["heads"], shape["d"], window[1:], dtype.itemsize)
 
-    accesses, start = {}, cuda._start
-
-    def watched(direction, tensors, *arguments):
-        names = {"forward": ("value", "logits", "out")}.get(direction, BACKWARD_TENSORS)
+    accesses = {}
+    for direction, run in (("forward", cuda.forward), ("backward", functools.partial(cuda.backward, grad))):
         with monkeypatch.context() as patch:
-            accesses[direction] = Accesses(patch, dict(zip(names, tensors, strict=True)))
-            start(direction, tensors, *arguments)
-
-    monkeypatch.setattr(cuda, "_start", watched)
-    cuda.forward(value, logits, *window)
-    cuda.backward(grad, value, logits, *window)
-
-    for direction, limit in (("forward", 1.2), ("backward", 1.5)):
-        moved = accesses[direction].bytes()
-        assert moved == traffic.kernel_bytes(direction, *layer)
-        if (shape["H"], shape["W"]) == (28, 28):
-            assert sum(moved.values()) <= limit * traffic.least_bytes(direction, *layer)
+            accesses[direction] = Accesses(patch, getattr(cuda_kernels, direction))
+            run(value, logits, *window)
+        assert accesses[direction].bytes() == traffic.kernel_bytes(direction, *layer)
     assert (accesses["forward"].stores["out"] == 1).all()
     assert (accesses["backward"].stores["grad_value"] == 1).all()
     assert (accesses["backward"].stores["grad_logits"] == 1).all()
     assert accesses["forward"].loads["logits"].max() == 1
+    if (shape["H"], shape["W"]) == (28, 28):
+        for direction, limit in (("forward", 1.2), ("backward", 1.5)):
+            moved = sum(accesses[direction].bytes().values())
+            assert moved <= limit * traffic.least_bytes(direction, *layer)

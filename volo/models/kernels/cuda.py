@@ -32,6 +32,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHARED_MEMORY = 96 * 1024  # bytes a program may use; 99 KiB is what consumer GPUs from Ampere on offer
 _ENOUGH_PROGRAMS = 132  # multiprocessors of an H100; with fewer programs some of them would have nothing to do
+_FEWEST_LANES = 8  # windows in a row, padded to
 _FEWEST_ROWS = 4  # rows of windows that a program takes at least, as every program reads rows of its neighbour
 
 
@@ -72,20 +73,18 @@ def why_not() -> str | None:
 def supports(kernel_size: int, stride: int, padding: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether there is a kernel for these windows; any grid, batch and number of heads is fine then.
 
-    Larger windows or heads would need more shared memory than every GPU has: for kernel 3, heads have 64 channels at
-    most, for kernel 5, 32. VOLO has kernel 3 and 32 channels.
+    Not every GPU has the shared memory for larger windows or heads: kernel 3 takes heads of up to 64 channels in fp32
+    and 128 in 16-bit types, kernel 5 half of that. VOLO has kernel 3 and 32 channels.
     """
     if dtype not in _DTYPES or kernel_size > 5:
         return False
-    return all(
-        _room(kernel_size, head_dim, dtype.itemsize, direction) > sum(_reach(kernel_size, stride, padding))
-        for direction in ("forward", "backward")
-    )
+    room = min(_room(kernel_size, head_dim, dtype.itemsize, direction) for direction in ("forward", "backward"))
+    return room >= _FEWEST_LANES and room > sum(_reach(kernel_size, stride, padding))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many programs work on what. One program has ``lanes`` neighbouring windows in a row, some for overlap only."""
+    """Who does what. A program has ``lanes`` neighbouring windows of each of its rows, some for overlap only."""
 
     lanes: int
     before: int  # lanes of the neighbour on the left
@@ -120,7 +119,7 @@ def plan(
     h, w = (max((side + 2 * padding - K) // stride + 1, _ceil(side, stride)) for side in (H, W))
     steps = max(h, _ceil(H + padding, stride))
     room = _room(K, head_dim, size, direction)
-    lanes, (before, after) = min(_power_of_two(w, 8), room), _reach(K, stride, padding)
+    lanes, (before, after) = min(_power_of_two(w, _FEWEST_LANES), room), _reach(K, stride, padding)
     if w <= lanes:
         before = after = 0
     owned = lanes - before - after

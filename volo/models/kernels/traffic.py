@@ -112,7 +112,7 @@ def _windows(side: int, window: Window) -> int:
 def table(batch: int = 128) -> str:
     """Return the bytes of the layers of VOLO-D1 and D5, as a table in Markdown."""
     lines = [
-        f"| layer, batch {batch} | dtype | pass | least, MB an image | kernel, MB | times least | unfold, times least |",
+        f"| layer, batch {batch} | dtype | pass | least, MB/image | kernel, MB/image | kernel/least | unfold/least |",
         "|-|-|-|-|-|-|-|",
     ]
     for name, side, heads in (("D1, 224", 28, 6), ("D1, 384", 48, 6), ("D5, 224", 28, 12), ("D5, 512", 64, 12)):
