@@ -93,6 +93,8 @@ def test_paper_recipe_has_the_published_values(recipe):
     assert config.loss.smoothing == 0.1
     assert (config.loss.cls_weight, config.loss.dense_weight) == (1.0, 0.5)
     assert (config.mix.mix_token, config.mix.mixup, config.mix.cutmix) == (True, 0, 0)
+    assert (config.token_label.geometry, config.token_label.smoothing) == ("reference", "published")
+    assert config.token_label.ground_truth == ("off" if config.model.img_size == 224 else "published")
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda r: r.stem)
@@ -174,7 +176,7 @@ def test_the_small_recipes_do_not_change_what_an_image_shows():
     assert (digits.augment.hflip, digits.augment.vflip) == (0, 0)  # a mirrored digit is no digit
     cifar = load("--config", str(ROOT / "configs/cifar10.yaml"))
     assert (cifar.augment.hflip, cifar.augment.shift_pixels) == (0.5, 4)
-    assert (cifar.model.name, cifar.optim.lr, cifar.train.batch_size) == ("volo_tiny", 1e-3, 128)
+    assert (cifar.model.name, cifar.optim.lr, cifar.train.batch_size) == ("volo_tiny", 7e-4, 64)
     for config in (digits, cifar):
         assert (config.augment.crop, config.augment.rand_augment, config.augment.erase_prob) == ("shift", "none", 0)
         assert (config.model.num_classes, config.model.img_size, config.eval.crop_pct) == (10, 32, 1.0)

@@ -40,6 +40,8 @@ class RecipeParser(ArgumentParser):
             if not found:
                 return ""
             wanted = found[1]
+        if wanted == "token_label.size":  # of the published code, where it had to be typed
+            return ". It follows from the network's grid (14 x 14 tokens for D1 at 224 px), whatever the maps have"
         names = self._option_names()
         in_section = [name for name in names if name.startswith(wanted.split(".")[0] + ".")]
         close = difflib.get_close_matches(wanted, in_section or names, n=1, cutoff=0.5)

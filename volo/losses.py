@@ -56,8 +56,8 @@ class TokenLabelLoss(nn.Module):
     Args:
         dense_weight: Weight of the token term; 0 leaves it out (the network may then have no token head).
         cls_weight: Weight of the class term.
-        ground_truth: Blend the image's own label into the class target, as fine-tuning does; needs targets with a
-            teacher in them. See :func:`blend_ground_truth`.
+        ground_truth: Blend the image's own label into the class target, as fine-tuning does, where the targets have a
+            teacher in them ([B, C] are the own labels already). See :func:`blend_ground_truth`.
         corrected_ratio: Give the image's own label more weight, not less, where the teacher misses it.
     """
 
@@ -136,8 +136,6 @@ class TokenLabelLoss(nn.Module):
                 f"targets of {tuple(shape)} do not fit class logits {tuple(cls_logits.shape)}: the first two axes are "
                 "images and classes"
             )
-        if slots is None and self.ground_truth:
-            raise ValueError("ground_truth=True needs targets with a teacher in them, [B, C, 2 + N]; these are [B, C]")
         if self.dense_weight and slots is not None and slots != tokens:
             raise ValueError(
                 f"the targets are for {slots} tokens and the network has {tokens}: make the labels for its final grid"

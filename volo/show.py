@@ -18,6 +18,8 @@ def batch_picture(
     Mixing is drawn for these images alone. Returns None where files cannot be read and too few remain: the step
     itself will name them.
     """
+    if learner.config.mix.mixes_images:
+        most -= most % 2  # images mix in pairs
     batch = loader.peek(epoch, step, most)
     if len(batch) == 0 or (learner.config.mix.mixes_images and len(batch) % 2):
         return None

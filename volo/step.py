@@ -104,14 +104,19 @@ class Learner:
         model = build_model(config.model)
         if state is not None:
             model.load_state_dict(state["state_dict"])
-        elif config.model.checkpoint:
-            load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)  # says what it did
+        trained_heads = state is not None
+        if state is None and config.model.checkpoint:
+            report = load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)
+            trained_heads = not report.dropped_heads
         if config.loss.dense_weight == 0 and model.aux_head is not None:
             # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
             model.aux_head.requires_grad_(False)
+            if not trained_heads:
+                for parameter in model.aux_head.parameters():
+                    nn.init.zeros_(parameter)  # evaluation adds half of its largest logits: noise, if it were random
             _logger.warning(
-                "loss.dense_weight is 0: the token head keeps the weights it starts with, and evaluation adds half of "
-                "its largest logits; model.return_dense false (with mix.mix_token false) makes a network without it"
+                "loss.dense_weight is 0: the token head keeps the weights of the checkpoint, or says nothing where it "
+                "is new; model.return_dense false (with mix.mix_token false) makes a network without it"
             )
         if config.train.sync_bn and self.world.size > 1:
             if self.world.device.type == "cpu":

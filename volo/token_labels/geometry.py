@@ -6,7 +6,7 @@ map is led the same way. Two readings of it:
 - ``aligned``: the plan is one chain of affine maps from the network's input back to the image. Every token's centre
   goes through it and reads the label map there, between the four cells around it. Points that left the image, or
   any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
-- ``reference``: what the published code does, bit for bit, its errors included: the label map is flipped and warped
+- ``reference``: what the published code does, to float rounding, its errors included: the map is flipped and warped
   on its own coarse grid (no half-cell offset, no aspect ratio, zeros where it runs out), and the crop is pooled by
   roi_align with rows and columns exchanged.
 
@@ -55,20 +55,25 @@ def token_cells(
     out_hw: tuple[int, int],
     grid: tuple[int, int],
     mode: str,
+    covers: str = "whole_image",
 ) -> TokenCells:
     """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan`` to the tokens of ``grid``.
 
     Args:
-        labels: Label map of the whole image.
+        labels: Label map of the image.
         plan: What happened to the pixels.
         image_hw: Size of the image as it was decoded.
         out_hw: Size of the network's input.
         grid: (L_h, L_w), the network's final grid.
         mode: "aligned" or "reference".
+        covers: What the map shows: "whole_image", or "reference" for the square in the middle of the image, as the
+            published labels. What lies beside the square has no label. The published way of reading a map takes
+            every map for one of the whole image.
     """
     if mode == "reference":
         return _reference_cells(labels, plan, image_hw, grid)
-    return _aligned_cells(labels, source_maps(plan, image_hw, out_hw), grid)
+    maps = source_maps(plan, image_hw, out_hw)
+    return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "reference"), grid)
 
 
 # ------------------------------------------------------------------------------------------------ aligned
@@ -97,6 +102,14 @@ def _crop_map(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) ->
         return np.array([[crop.width / width, 0.0, crop.left / width], [0.0, crop.height / height, crop.top / height]])
     height, width = out_hw
     return np.array([[1.0, 0.0, crop.left / width], [0.0, 1.0, crop.top / height]])
+
+
+def _centre_square(image_hw: tuple[int, int]) -> np.ndarray:
+    """Return where a point of the image lies in the largest square in its middle."""
+    height, width = image_hw
+    side = min(height, width)
+    across, down = width / side, height / side
+    return np.array([[across, 0.0, (1 - across) / 2], [0.0, down, (1 - down) / 2]])
 
 
 def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:

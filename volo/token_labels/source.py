@@ -5,7 +5,7 @@ import numpy as np
 from volo.data.augment import Plan
 from volo.token_labels.geometry import TokenCells, token_cells
 from volo.token_labels.opening import check_covers, open_labels
-from volo.token_labels.store import label_key
+from volo.token_labels.store import TokenLabelStore, label_key
 
 
 class LabelSource:
@@ -33,7 +33,12 @@ class LabelSource:
         verify_checksums: bool = False,
     ):
         self.labels = open_labels(root)
-        if verify_checksums and hasattr(self.labels, "verify_checksums"):
+        if verify_checksums:
+            if not isinstance(self.labels, TokenLabelStore):
+                raise ValueError(
+                    f"token_label.verify_checksums is on, but {root} is a folder of .pt files, which have none: pack "
+                    "it with scripts/pack_token_labels.py, which reads and checks every one"
+                )
             self.labels.verify_checksums()
         self.entries: np.ndarray = check_covers(self.labels, [label_key(path) for path in paths], len(classes), classes)
         self.grid = grid
@@ -45,7 +50,7 @@ class LabelSource:
         Raises ValueError, naming the label, where it is damaged.
         """
         labels = self.labels.read(int(self.entries[index]))
-        return token_cells(labels, plan, image_hw, out_hw, self.grid, self.geometry)
+        return token_cells(labels, plan, image_hw, out_hw, self.grid, self.geometry, self.labels.header.geometry)
 
     def __str__(self) -> str:
         header = self.labels.header
