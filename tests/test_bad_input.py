@@ -116,6 +116,8 @@ def test_data_folder_of_an_evaluation(finished, tmp_path):
     (tmp_path / "images/val").mkdir(parents=True)
     ended = programs.run(VALIDATE, *words, "--data.root", tmp_path / "images", cwd=tmp_path)
     ended.assert_failed(USAGE, "has no class folders")
+    ended = programs.run(VALIDATE, *words, "--real", "true", cwd=tmp_path)
+    ended.assert_failed(USAGE, "--real counts with labels of the 1,000 ImageNet classes")
     assert not (tmp_path / "results.json").exists()
 
 

@@ -204,6 +204,30 @@ def test_wrong_words_end_at_once_with_code_2(recipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model.img_size", 33), "33"),
+        (("--model.name", "volo_d6"), "volo_d5"),
+        (("--model.layers", "[1,1]"), "layers"),
+        (("--optim.name", "adamx"), "adamax"),
+        (("--optim.implementation", "apex"), "Apex"),
+        (("--optim.weight_decay", -1), "0 or more"),
+        (("--optim.lr", 1e-6), "schedule.min_lr"),
+        (("--eval.crop_pct", 96), "0.96"),
+        (("--augment.rand_augment", "rand-m99-q"), "rand_augment"),
+        (("--model.checkpoint", "nowhere.pt"), "model.checkpoint: nowhere.pt does not exist"),
+        (("--token_label.root", "nowhere"), "token_label.root: nowhere does not exist"),
+        (("--token_label.size", 28), "follows from the network's grid"),
+        (("--train.resume", "nowhere.pt"), "train.resume: nowhere.pt does not exist"),
+        (("--train.precision", "apex_o1"), "apex.amp"),
+    ],
+)
+def test_wrong_options_end_before_anything_is_made(recipe, tmp_path, words, message):
+    programs.run(TRAIN, "--config", recipe, *words, cwd=tmp_path).assert_failed(USAGE, message)
+    assert not list(tmp_path.glob("runs"))
+
+
 # --------------------------------------------------------------------------------------------- fine-tuning
 
 

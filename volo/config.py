@@ -273,6 +273,7 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optim.lr is {self.lr}; it is above 0")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; 0 or more")
         _require(
             len(self.betas) in (2, 3) and all(0 <= b < 1 for b in self.betas),
             f"optim.betas is {self.betas}; two numbers in [0, 1), or three for an optimizer that takes them",
@@ -302,6 +303,8 @@ class ScheduleConfig:
 
     def __post_init__(self):
         _require(self.epochs >= 1, f"schedule.epochs is {self.epochs}; at least 1")
+        for name in ("warmup_lr", "min_lr"):
+            _require(getattr(self, name) >= 0, f"schedule.{name} is {getattr(self, name)}; 0 or more")
         _require(self.cooldown_epochs >= 0, f"schedule.cooldown_epochs is {self.cooldown_epochs}; 0 or more")
         _require(
             0 <= self.warmup_epochs <= self.epochs,
@@ -353,7 +356,10 @@ class EvalConfig:
     weights: Literal["auto", "raw", "ema"] = "auto"
 
     def __post_init__(self):
-        _require(self.crop_pct > 0, f"eval.crop_pct is {self.crop_pct}; it is above 0")
+        _require(
+            0.1 <= self.crop_pct <= 4,
+            f"eval.crop_pct is {self.crop_pct}; it is a ratio such as 0.96 or 1.15, in [0.1, 4]",
+        )
         _require(self.batch_size >= 1, f"eval.batch_size is {self.batch_size}; at least 1")
         _require(self.every_epochs >= 1, f"eval.every_epochs is {self.every_epochs}; at least 1")
 
@@ -377,7 +383,7 @@ class TrainConfig:
         channels_last: Keep image tensors in channels-last memory order.
         sync_bn: BatchNorm statistics over all processes in every step.
         output: Folder that holds run folders.
-        name: Name of the run folder; empty takes the model, resolution and recipe.
+        name: Name of the run folder; empty takes the model and resolution.
         resume: "auto" goes on from the newest valid checkpoint in the run folder, "never" starts only in a
             folder without one, or the path of a checkpoint.
         keep_checkpoints: How many epoch checkpoints stay, beside last.pt and best.pt.
@@ -451,6 +457,11 @@ class Config:
                 "in that order: set augment.order to reference and augment.crop to random_resized, or "
                 "token_label.geometry to aligned",
             )
+        _require(
+            self.schedule.min_lr <= self.optim.lr,
+            f"schedule.min_lr ({self.schedule.min_lr:g}) is above optim.lr ({self.optim.lr:g}), so that the learning "
+            "rate would rise to the end: lower schedule.min_lr",
+        )
         dense = self.model.return_dense is not False and self.model.return_mean is not True
         _require(
             dense or self.loss.dense_weight == 0,

@@ -22,13 +22,13 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
     Raises ValueError for an unknown name, or where Apex is asked for and NVIDIA's is not installed.
     """
+    check_optimizer(config)
     optimizer = _fused_adam(model, config) if config.implementation == "apex" else _of_timm(model, config)
     _logger.info(describe_groups(optimizer))
     return optimizer
 
 
 def _of_timm(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    _check_name(config)
     fused = {"fused": True} if config.name in _FUSED_IN_TORCH else {}
     try:  # the factory leaves betas and eps out for an optimizer that has none
         optimizer = create_optimizer_v2(
@@ -47,8 +47,10 @@ def _of_timm(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _check_name(config: OptimConfig) -> None:
-    """Raise ValueError where there is no optimizer ``optim.name`` or it takes another number of betas."""
+def check_optimizer(config: OptimConfig) -> None:
+    """Raise ValueError where there is no such optimizer, it takes another number of betas, or Apex is not there."""
+    if config.implementation == "apex":
+        _require_fused_adam(config)
     name = config.name.removeprefix("lookahead_")
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.5) or ["adamw", "lamb", "sgd"]
@@ -76,7 +78,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _fused_adam(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return NVIDIA Apex's FusedAdam in AdamW mode; ValueError where that Apex is not installed."""
+    """Return NVIDIA Apex's FusedAdam in AdamW mode."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    make = _require_fused_adam(config)
+    return make(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, adam_w_mode=True)
+
+
+def _require_fused_adam(config: OptimConfig) -> type[torch.optim.Optimizer]:
+    """Return NVIDIA Apex's FusedAdam; ValueError where that Apex is not installed, or another optimizer is named."""
     if config.name != "adamw":
         raise ValueError(
             f"optim.implementation 'apex' is FusedAdam in AdamW mode; optim.name is '{config.name}'. Use optim.name "
@@ -90,8 +99,7 @@ def _fused_adam(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
             "Apex from NVIDIA's source (README; the PyPI package of that name is something else), or use "
             "optim.implementation torch: torch's fused AdamW does the same arithmetic"
         ) from error
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    return FusedAdam(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, adam_w_mode=True)
+    return FusedAdam
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:

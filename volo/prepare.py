@@ -191,6 +191,9 @@ class RunFolder:
         if config.train.resume not in ("auto", "never"):
             path = Path(config.train.resume)
             found = path, read_own_checkpoint(path)
+            if path.resolve().parent != self.path.resolve():
+                # The best of another folder is not here: best.pt is the best of what this one sees.
+                found[1]["progress"].update(best_top1=-1.0, best_epoch=-1)
         elif config.train.resume == "never":
             if self.checkpoints.exists():
                 raise ValueError(
@@ -205,6 +208,8 @@ class RunFolder:
         path, state = found
         done, total = state["progress"]["epoch"], config.schedule.total_epochs
         if done >= total and state["progress"]["closed_epochs"] >= done:
+            if path.resolve().parent != self.path.resolve():
+                raise ValueError(f"train.resume {path} is of a finished run ({done} of {total} epochs)")
             raise ValueError(
                 f"run folder {self.path} already holds a finished run ({done} of {total} epochs, best top-1 "
                 f"{state['progress']['best_top1']:.2f} %); nothing was changed. Choose another train.name for a new "

@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch
+
 from volo import distributed
 from volo.checkpoint import SaveError
 from volo.exit_codes import DONE, FAILED, STOPPED, USAGE, leave_for_launcher
@@ -70,6 +72,12 @@ def _unexpected(error: Exception) -> str:
     """Return the last line for an error that no code of ours foresaw, after printing where it came from."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"{error}: there is no room left to write to. Make room and start again with the same command"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU has not enough memory ({str(error).split('. ')[0]}). In training a smaller "
+            "train.device_batch_size (the rest of the batch is accumulated) or train.recompute blocks needs less, in "
+            "evaluation a smaller eval.batch_size"
+        )
     if transport := distributed.lost_peer(error):
         return f"another process of the run is gone ({transport}); if it failed, its own message says why"
     traceback.print_exc()

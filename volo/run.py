@@ -2,17 +2,22 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import torch
 
 from volo import distributed
 from volo.checkpoint import read_own_checkpoint
 from volo.config import Config
+from volo.data.augment import TrainTransform
 from volo.distributed import World
+from volo.optim import check_optimizer
+from volo.precision import Precision
 from volo.prepare import BatchPlan, RunFolder, check_same_images, git_revision, load_splits, require_start
 from volo.program import DONE, STOPPED, checking_usage
 from volo.published import published_top1
 from volo.reporting import plot_curves, setup_logging, text_table
+from volo.step import build_model
 from volo.train import Trainer
 
 _logger = logging.getLogger("volo")
@@ -23,8 +28,7 @@ def run_training(config: Config) -> int:
     with checking_usage():
         world = distributed.initialise(config.train.device)
         run = RunFolder(config)
-        BatchPlan.of(config, world.size)
-        require_start(config)
+        check_options(config, world)
         splits = distributed.on_main(lambda: load_splits(config))
         distributed.on_main(run.create)
         setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
@@ -47,6 +51,26 @@ def run_training(config: Config) -> int:
         if finished:
             _logger.info("%s", closing_words(trainer))
     return DONE if finished else STOPPED
+
+
+def check_options(config: Config, world: World) -> None:
+    """Find what is wrong with the options themselves: before images are listed, and before anything is made.
+
+    Raises ValueError.
+    """
+    BatchPlan.of(config, world.size)
+    require_start(config)
+    Precision.resolve(config.train.precision, world.device)
+    check_optimizer(config.optim)
+    TrainTransform(config.augment, config.model.image_hw)
+    with torch.device("meta"):  # shapes without numbers: whether there is such a network for such images
+        build_model(config.model)
+    files = {"model.checkpoint": config.model.checkpoint, "token_label.root": config.token_label.root}
+    if config.train.resume not in ("auto", "never"):
+        files["train.resume"] = config.train.resume
+    for name, path in files.items():
+        if path and not Path(path).exists():
+            raise ValueError(f"{name}: {path} does not exist")
 
 
 def find_checkpoint(run: RunFolder, config: Config, world: World):

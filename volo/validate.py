@@ -137,6 +137,10 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
         classes = class_names(config.data.class_list, str(Path(config.data.root) / config.data.train_split))
     require_classes(classes, config)
     of_imagenet = classes == imagenet_classes()
+    if options.real and not of_imagenet:
+        raise ValueError(
+            "--real counts with labels of the 1,000 ImageNet classes, and the network's classes are not these synsets"
+        )
     datasets = []
     if config.data.val_split != "none":
         records = load_val(config.data, classes)
