@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from volo.models.kernels import cpu
+from volo.models.kernels import cpu, cuda
 
 Kernel = Literal["auto", "reference", "native"]
 
@@ -93,7 +93,10 @@ def outlook_attention(
             f"{num_heads} heads need {[B, h, w, num_heads * kernel_size**4]} for values {list(value.shape)}"
         )
     if kernel != "reference":
-        reason = why_not_native(value.device.type) if dropout_p == 0 else "It has no dropout of attention weights"
+        device, window = value.device.type, (kernel_size, stride, padding)
+        reason = why_not_native(device) if dropout_p == 0 else "It has no dropout of attention weights"
+        if reason is None and device == "cuda" and not _fits_cuda(*window, C // num_heads, value.dtype):
+            reason = f"It has no room for windows {window} of heads of {C // num_heads} {value.dtype} channels"
         if reason is None:
             return _native(value, logits, num_heads, kernel_size, stride, padding)
         if kernel == "native":
@@ -120,7 +123,7 @@ def _reference(
     return y.permute(0, 2, 3, 1)  # [B, H, W, C]
 
 
-_KERNELS = {"cpu": cpu}
+_KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 @torch.compiler.assume_constant_result
@@ -131,6 +134,11 @@ def why_not_native(device_type: str) -> str | None:
     """
     kernels = _KERNELS.get(device_type)
     return f"There is none for devices of type {device_type}" if kernels is None else kernels.why_not()
+
+
+@torch.compiler.assume_constant_result
+def _fits_cuda(kernel_size: int, stride: int, padding: int, head_dim: int, dtype: torch.dtype) -> bool:
+    return cuda.supports(kernel_size, stride, padding, head_dim, dtype)
 
 
 @torch.library.custom_op("volo::outlook_attention", mutates_args=(), device_types=tuple(_KERNELS))
