@@ -232,7 +232,7 @@ WORDS_OF_YAML = st.sampled_from(["no", "null", "~", "true", "2026-01-01", ".inf"
 
 @settings(deadline=None, max_examples=15)
 @given(
-    lr=st.floats(1e-300, 1e300),
+    lr=st.floats(1e-5, 1e300),
     name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])) | NUMBERS_IN_TEXT | WORDS_OF_YAML,
     layers=st.none() | st.lists(st.integers(1, 99)),
     scale=st.tuples(st.floats(1e-9, 1), st.floats(1e-9, 1)),

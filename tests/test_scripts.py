@@ -508,8 +508,9 @@ elif words[0] == "-c":
     os.execv(sys.executable, [sys.executable, *words])
 elif words[:2] == ["-m", "torch.distributed.run"]:
     log.open("a").write(json.dumps(words) + "\\n")
-    name = words[words.index("--train.name") + 1]
-    Path("runs", name, "config.yaml").write_text("")
+    run = Path(words[words.index("--train.output") + 1], words[words.index("--train.name") + 1])
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text("")
     code = int(os.environ.get("TRAIN_CODE", 0))
     Path(os.environ["VOLO_EXIT_FILE"]).write_text(str(code))
     sys.exit(code and 1)
@@ -517,7 +518,7 @@ elif words[0] == "validate.py":
     log.open("a").write(json.dumps(words) + "\\n")
     folder = Path(words[words.index("--checkpoint") + 1]).parent
     (folder / "results.json").write_text(json.dumps([{"top1": float(os.environ["TOP1"])}]))
-elif words[0] == "scripts/make_digits.py":
+elif words[0] in ("scripts/make_digits.py", "scripts/generate_token_labels.py"):
     log.open("a").write(json.dumps(words) + "\\n")
 else:
     sys.exit(f"unexpected: {words}")
@@ -549,16 +550,23 @@ def quickstart(tmp_path) -> Quickstart:
     return Quickstart(tmp_path)
 
 
-def test_quickstart_trains_evaluates_and_tells_what_comes_next(quickstart):
+def test_quickstart_goes_from_teacher_to_student_and_tells_what_comes_next(quickstart):
     done = quickstart("--schedule.epochs", "3")
     assert (done.returncode, done.stderr) == (0, "")
-    digits, train, validate = quickstart.done()
+    digits, teacher, generate, student, validate = quickstart.done()
     assert digits == ["scripts/make_digits.py", "--output", "data/digits"]
-    assert train[train.index("--nproc_per_node") + 1] == "2"
-    assert train[train.index("--config") + 1] == "configs/quickstart.yaml"
-    assert train[-2:] == ["--schedule.epochs", "3"]
-    assert validate[validate.index("--checkpoint") + 1] == "runs/quickstart/best.pt"
-    assert "runs/quickstart/curves.png" in done.stdout
+    for train, name in ((teacher, "teacher"), (student, "student")):
+        assert train[train.index("--nproc_per_node") + 1] == "2"
+        assert train[train.index("--config") + 1] == "configs/quickstart.yaml"
+        assert train[train.index("--train.output") + 1] == "runs/quickstart"
+        assert train[train.index("--train.name") + 1] == name
+        assert train[-2:] == ["--schedule.epochs", "3"]
+    assert "--token_label.root" not in teacher
+    assert student[student.index("--token_label.root") + 1] == generate[generate.index("--output") + 1]
+    assert generate[generate.index("--teacher_checkpoint") + 1] == "runs/quickstart/teacher/best.pt"
+    assert generate[generate.index("--images") + 1] == "data/digits/train"
+    assert validate[validate.index("--checkpoint") + 1] == "runs/quickstart/student/best.pt"
+    assert "runs/quickstart/student/curves.png" in done.stdout
     assert "configs/volo_d1_224.yaml" in done.stdout
 
 
@@ -567,9 +575,11 @@ def test_quickstart_again_leaves_the_earlier_run_as_it_is(quickstart):
         (quickstart.root / "runs" / name).mkdir(parents=True)
         (quickstart.root / "runs" / name / "best.pt").write_text("mine")
     assert quickstart().returncode == 0
-    _, train, validate = quickstart.done()
-    assert train[train.index("--train.name") + 1] == "quickstart-3"
-    assert validate[validate.index("--checkpoint") + 1] == "runs/quickstart-3/best.pt"
+    _, teacher, generate, student, validate = quickstart.done()
+    assert teacher[teacher.index("--train.output") + 1] == "runs/quickstart-3"
+    assert generate[generate.index("--output") + 1] == "runs/quickstart-3/labels"
+    assert student[student.index("--train.output") + 1] == "runs/quickstart-3"
+    assert validate[validate.index("--checkpoint") + 1] == "runs/quickstart-3/student/best.pt"
     for name in ("quickstart", "quickstart-2"):
         assert [p.name for p in (quickstart.root / "runs" / name).iterdir()] == ["best.pt"]
 
