@@ -1,5 +1,6 @@
 """The CUDA kernels of outlook attention, where there is no GPU: interpreted, compiled ahead of time, and counted."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 @pytest.mark.parametrize("tests", ["bytes", "not bytes"])
 def test_under_the_interpreter(tests):
     """Everything in triton_interpreter.py, which is too slow for one process and needs a Triton of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-k", tests]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("triton_interpreter.py"))],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -76,7 +77,9 @@ def resources(binary, folder):
     [
         *((D1, torch.bfloat16, capability) for capability in (80, 90, 100)),
         *((D1, torch.float32, capability) for capability in (80, 90, 100)),
-        (D5, torch.float16, 90),
+        (D1, torch.float16, 80),
+        (D5, torch.bfloat16, 100),
+        (D5, torch.float32, 90),
         (D5_512, torch.bfloat16, 90),
         (D5_512, torch.float32, 90),
     ],
@@ -84,9 +87,7 @@ def resources(binary, folder):
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_compiled_without_spills(direction, layer, dtype, capability, tmp_path, monkeypatch):
-    import triton
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))  # compile it really, every time
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # it is really compiled, every time
     binary, num_warps = compiled(direction, layer, dtype, capability)
     used = resources(binary, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled"
@@ -168,6 +169,9 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.0")
+    assert cuda.why_not() == "Triton 3.2 is too old: 3.3 or later is needed, which PyTorch 2.7 brings"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.10.0")
     assert cuda.why_not() == "Tesla T4 has compute capability 7.5, and the Triton kernels need 8.0 or more"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setenv("CC", "gcc")

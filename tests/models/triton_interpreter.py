@@ -202,6 +202,8 @@ class Accesses:
         ({"H": 5, "W": 37, "d": 17}, torch.float16, 3, 8),
         ({"H": 4, "W": 11, "kernel": 2, "stride": 3, "padding": 2}, torch.float32, 1, 8),
         ({"H": 5, "W": 9, "stride": 1}, torch.float32, 2, 8),
+        # 8 windows across, and a 25th column under none of them: it takes a ninth lane to write its zeros.
+        ({"H": 2, "W": 25, "kernel": 2, "stride": 3, "padding": 0}, torch.float32, 4, None),
     ],
     ids=str,
 )

@@ -14,13 +14,15 @@ like the output, and is made in the same way. There are no atomics, and results 
 the logits, so values and logits are all that is kept between the two.
 
 **What is read twice.** Each window asks for its own K columns, so a column that two windows share is asked for twice,
-which is a hit in the L1 cache; taking it from the neighbouring thread instead would cost a passage through shared
-memory, and more time than it saves. With K = 3 and stride 2 that makes 1.5 requests a value. Logits of padding are
-never read. Where there are fewer heads and images than multiprocessors, the rows are divided among more programs, and
-each division makes a program read up to K + 1 rows of its neighbour again (the backward: and a row of logits). Grids
-with more columns than a program has room for are divided sideways in the same way. traffic.py counts all of it.
+the second time from the L1 cache: with kernel 3 and stride 2 that is 1.5 requests a value. Taking it from the
+neighbouring thread instead goes through shared memory, and the compiled kernels then have a fifth (forward) to two
+fifths (backward) more instructions. Logits of padding are never read. For batches with fewer heads than a GPU has
+multiprocessors, the rows are divided among several programs, each of which reads up to K rows of its neighbours again
+(the backward: and a row of logits); grids too wide for one program are divided sideways in the same way. traffic.py
+counts all of it: 1.2 times the least possible forward and backward where a batch fills the GPU, up to 1.4 otherwise.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -32,7 +34,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHARED_MEMORY = 96 * 1024  # bytes a program may use; 99 KiB is what consumer GPUs from Ampere on offer
 _ENOUGH_PROGRAMS = 132  # multiprocessors of an H100; with fewer programs some of them would have nothing to do
-_FEWEST_LANES = 8  # windows in a row, padded to
+_FEWEST_LANES = 8  # windows side by side that a program is made for at least; narrower grids leave some idle
 _FEWEST_ROWS = 4  # rows of windows that a program takes at least, as every program reads rows of its neighbour
 
 
@@ -62,6 +64,8 @@ def why_not() -> str | None:
         return "The Triton kernels of outlook attention are made for CUDA, and this PyTorch is built for ROCm"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with the CUDA builds of PyTorch for Linux)"
+    if (version := _triton_version()) < (3, 3):
+        return f"Triton {'.'.join(map(str, version))} is too old: 3.3 or later is needed, which PyTorch 2.7 brings"
     if torch.cuda.get_device_capability() < (8, 0):
         name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         return f"{name} has compute capability {major}.{minor}, and the Triton kernels need 8.0 or more"
@@ -145,7 +149,7 @@ def _start(direction: str, tensors: list[Tensor], num_heads: int, *window: int) 
     """Run a kernel on tensors of one dtype: values first or, in the backward, second, then logits."""
     from volo.models.kernels import cuda_kernels
 
-    value, logits = tensors[-3:-1] if direction == "forward" else tensors[1:3]
+    value, logits = tensors[:2] if direction == "forward" else tensors[1:3]
     assert all(x.dtype == value.dtype and x.is_contiguous() for x in tensors), [(x.dtype, x.stride()) for x in tensors]
     B, H, W, C = value.shape
     if value.numel() == 0:
@@ -160,6 +164,14 @@ def _start(direction: str, tensors: list[Tensor], num_heads: int, *window: int) 
             *tensors, H, W, h, w, division.rows, division.tiles,
             **constants(division, num_heads, head_dim, window), num_warps=division.num_warps,
         )  # fmt: skip
+
+
+def _triton_version() -> tuple[int, ...]:
+    """Return major and minor version, (3, 3) where a build under another name does not tell."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return 3, 3
 
 
 def _reach(kernel_size: int, stride: int, padding: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def kernel_bytes(
     # how many queries (row of a window, row in it; likewise columns) have their logits read.
     cells_down = cells_across = own_down = own_across = queries_down = queries_across = 0
     for first in range(0, steps, plan.rows):
-        last = min(first + plan.rows, steps)
+        last = first + plan.rows
         start = max(first - (K - 1) // S, 0)
         above = max(S * first - P, 0)
         rows = range(S * start - P, S * start - P + max(K - S, 0))  # read ahead of the walk
