@@ -19,7 +19,7 @@ def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0):
     records = scan_class_folders(str(images / "train"), class_names("folders", str(images / "train")))
     header = {"teacher": "made by hand", "geometry": "whole_image", "top_k": 2}
     with StoreWriter(path, **header, num_classes=num_classes or len(classes), classes=classes) as writer:
-        for image, label in list(zip(records.paths, records.labels, strict=True))[leave_out:]:
+        for image, label in list(zip(records.names, records.labels, strict=True))[leave_out:]:
             height, width = 5, 6 + int(label)  # maps need not be square, nor alike
             scores = np.stack([np.full((height, width), 9.0), np.zeros((height, width))])
             scores[1, :, : width // 2] = 7.0

@@ -116,7 +116,7 @@ def open_token_labels(
         return None
     return LabelSource(
         options.root,
-        splits.train.paths,
+        splits.train.names,
         splits.classes,
         grid,
         options.geometry,

@@ -14,6 +14,7 @@ from volo.data.records import (
     scan_flat,
     split_folder,
 )
+from volo.data.source import PackedNames
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -42,10 +43,10 @@ def test_folders_are_listed_as_torchvision_lists_them(tmp_path):
     assert classes == ("N01", "n01", "n02", "n10")
     records = scan_class_folders(str(tmp_path), classes)
     offset = 1  # torchvision makes a class of the hidden folder
-    assert {(f"{tmp_path}/{p}", label + offset) for p, label in zip(records.paths, records.labels, strict=True)} == set(
+    assert {(f"{tmp_path}/{p}", label + offset) for p, label in zip(records.names, records.labels, strict=True)} == set(
         reference
     )
-    assert records.paths == sorted(records.paths) and records.labels.dtype == np.int64
+    assert list(records.names) == sorted(records.names) and records.labels.dtype == np.int64
     assert records.ignored == 1 and len(records) == 6 and records.classes == classes
 
 
@@ -54,7 +55,7 @@ def test_numbered_folders_follow_their_number(tmp_path):
     classes = class_names("folders", str(tmp_path))
     assert classes == tuple(str(i) for i in range(12))
     records = scan_class_folders(str(tmp_path), classes)
-    assert {path.split("/")[0]: label for path, label in zip(records.paths, records.labels, strict=True)} == {
+    assert {path.split("/")[0]: label for path, label in zip(records.names, records.labels, strict=True)} == {
         str(i): i for i in range(12)
     }
 
@@ -62,7 +63,7 @@ def test_numbered_folders_follow_their_number(tmp_path):
 def test_a_subset_of_the_classes_keeps_their_indices(tmp_path):
     touch(tmp_path, "n15075141/x.jpg", "n01443537/x.jpg")
     records = scan_class_folders(str(tmp_path), imagenet_classes())
-    assert dict(zip(records.paths, records.labels.tolist(), strict=True)) == {
+    assert dict(zip(records.names, records.labels.tolist(), strict=True)) == {
         "n01443537/x.jpg": 1,
         "n15075141/x.jpg": 999,
     }
@@ -136,7 +137,7 @@ def test_images_outside_class_folders_are_not_lost(tmp_path):
 def test_dead_links_are_listed_so_that_reading_names_them(tmp_path):
     touch(tmp_path, "a/x.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
-    assert scan_class_folders(str(tmp_path), ("a", "b")).paths == ["a/gone.png", "a/x.png"]
+    assert scan_class_folders(str(tmp_path), ("a", "b")).names == PackedNames.of(["a/gone.png", "a/x.png"])
 
 
 FLAT = ["val_1.JPEG", "val_2.JPEG", "val_3.JPEG"]
@@ -155,7 +156,7 @@ def test_flat_folder(tmp_path, text):
     touch(tmp_path, *FLAT, ".hidden.JPEG")
     (tmp_path / "labels.txt").write_text(text)
     records = scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
-    assert records.paths == FLAT and records.labels.tolist() == [0, 1, 2] and records.ignored == 1
+    assert list(records.names) == FLAT and records.labels.tolist() == [0, 1, 2] and records.ignored == 1
 
 
 def test_flat_folder_labels_that_are_names_and_numbers(tmp_path):

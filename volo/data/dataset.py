@@ -5,7 +5,6 @@ alone; so any worker of any rank gives the same sample. B is the number of image
 and width, N is the number of images of the data set.
 """
 
-import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -114,10 +113,7 @@ class _Images(torch.utils.data.Dataset):
     """Files, labels and how to read one."""
 
     def __init__(self, records: ImageRecords, exif: str):
-        self.root = records.root
-        # One array rather than a list: a million Python strings would be copied into every worker as their
-        # reference counts are touched.
-        self.paths = np.array([os.fsencode(path) for path in records.paths])
+        self.records = records
         self.labels = records.labels
         self.exif = exif
 
@@ -125,7 +121,7 @@ class _Images(torch.utils.data.Dataset):
         return len(self.labels)
 
     def read(self, index: int):
-        return read_image(os.path.join(self.root, os.fsdecode(self.paths[index])), self.exif)
+        return read_image(self.records.read(index), self.records.location(index), self.exif)
 
 
 class TrainImages(_Images):

@@ -13,31 +13,47 @@ from typing import Literal
 import numpy as np
 
 from volo.data.decode import SUFFIX_FORMATS
+from volo.data.source import FolderSource, PackedNames, Source
 
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """A list of labelled images, sorted by path.
+    """A list of labelled images, sorted by name.
 
     Args:
-        root: Folder that the paths start from.
-        paths: N paths relative to ``root``, with forward slashes.
+        source: Names and contents of the N files.
         labels: Class index of each image, int64 [N].
         classes: The C class names in index order.
         ignored: Files left out because their suffix is not that of an image.
     """
 
-    root: str
-    paths: list[str]
+    source: Source
     labels: np.ndarray
     classes: tuple[str, ...]
     ignored: int = 0
 
     def __post_init__(self):
-        assert len(self.paths) == len(self.labels)
+        assert len(self.source) == len(self.labels)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
+
+    @property
+    def names(self) -> PackedNames:
+        """Names of the images: "class/file.suffix", or "file.suffix" where there are no class folders."""
+        return self.source.names
+
+    def name(self, index: int) -> str:
+        """Return the name of an image."""
+        return self.source.names[index]
+
+    def read(self, index: int) -> bytes:
+        """Return the content of an image's file; UnreadableImage where it is not there, or cannot be read."""
+        return self.source.read(index)
+
+    def location(self, index: int) -> str:
+        """Return where a user finds the file, for messages."""
+        return self.source.location(index)
 
 
 def split_folder(root: str, split: str, option: str) -> str:
@@ -145,7 +161,7 @@ def scan_class_folders(
     paths = sorted(file for file in files if _has_image_suffix(file))
     _require_images(directory, paths, ignored, "class folders", bool(folders))
     labels = np.array([index_of[path.split("/", 1)[0]] for path in paths], dtype=np.int64)
-    return ImageRecords(directory, paths, labels, classes, ignored=len(ignored))
+    return ImageRecords(FolderSource(directory, PackedNames.of(paths)), labels, classes, ignored=len(ignored))
 
 
 def scan_flat(directory: str, labels_file: str, classes: tuple[str, ...]) -> ImageRecords:
@@ -170,7 +186,7 @@ def scan_flat(directory: str, labels_file: str, classes: tuple[str, ...]) -> Ima
     lines = [line.strip() for line in _lines(labels_file) if line.strip()]
     texts = _labels_by_file(names, lines, directory, labels_file)
     labels = _parse_labels(texts, classes, labels_file)
-    return ImageRecords(directory, names, labels, classes, ignored=len(ignored))
+    return ImageRecords(FolderSource(directory, PackedNames.of(names)), labels, classes, ignored=len(ignored))
 
 
 def _labels_by_file(names: list[str], lines: list[str], directory: str, labels_file: str) -> list[str]:

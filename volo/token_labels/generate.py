@@ -128,7 +128,7 @@ def identity(
     options: GenerateOptions, records: ImageRecords, teacher: Teacher, precision: Precision
 ) -> dict[str, str | int]:
     """Return all that the labels depend on: what a run that goes on must have in common with the one before."""
-    images = hashlib.sha256("\n".join(records.paths).encode("utf-8", "surrogateescape"))
+    images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
     images.update(records.labels.tobytes())
     classes = hashlib.sha256("\n".join(records.classes).encode())
     return {
