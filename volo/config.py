@@ -109,6 +109,10 @@ class DataConfig:
         on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
             another image, drawn from seed, epoch and index, takes its place).
         exif: "ignore" orientation tags, as the published code does, or "apply" them.
+        cache: Folder that keeps listings of folders and indices of archives, so that a million files are listed
+            once; "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" keeps none. A listing is made again where a
+            folder has changed since.
+        relist: List the images anew, whatever is kept.
     """
 
     root: str = "data/imagenet"
@@ -119,6 +123,8 @@ class DataConfig:
     workers: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
     exif: Literal["ignore", "apply"] = "ignore"
+    cache: str = "auto"
+    relist: bool = False
 
     def __post_init__(self):
         _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}; 0 or more")

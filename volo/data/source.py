@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -28,9 +29,22 @@ class PackedNames(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "PackedNames":
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        """Pack ``names``; takes no more memory on the way than in the end."""
+        text, ends = bytearray(), array("q")
+        for name in names:
+            text += name.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        return cls(np.frombuffer(text, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
+        """Return the names of all ``parts``, one after the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])[:-1]
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=True)]
+        return cls(
+            np.concatenate([part.text for part in parts] or [np.empty(0, np.uint8)]),
+            np.concatenate(ends or [np.empty(0, np.int64)]),
+        )
 
     def __len__(self) -> int:
         return len(self.ends)
