@@ -19,16 +19,25 @@ _UNKEPT = Manifests(None)
 
 
 class FolderSplit(Split):
-    """A folder with one folder a class; with a labels file, one without such folders."""
+    """A folder with one folder a class; with a labels file, one without such folders.
 
-    def __init__(self, place: str, manifests: Manifests = _UNKEPT):
+    Args:
+        place: The folder.
+        manifests: Where its listing is kept.
+        devkit: Labels of the images where there are no class folders, and no labels file is given.
+    """
+
+    def __init__(self, place: str, manifests: Manifests = _UNKEPT, devkit: str | None = None):
         super().__init__(place)
         self.manifests = manifests
+        self.devkit = devkit
 
     def class_folders(self) -> list[str]:
         return _subfolders(self.place)
 
     def records(self, classes: tuple[str, ...], labels_file: str | None = None) -> ImageRecords:
+        if labels_file is None and self.devkit is not None and not self.class_folders():
+            labels_file = self.devkit
         if labels_file is not None:
             return scan_flat(self.place, labels_file, classes, self.manifests)
         return scan_class_folders(self.place, classes, manifests=self.manifests)
