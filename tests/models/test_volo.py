@@ -125,6 +125,29 @@ def test_channels_last_images_give_the_same(make_small):
     torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), model(images))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_folded_norms_of_evaluation_change_nothing(batch, memory_format, make_small):
+    model, images = make_small().eval(), torch.randn(batch, 3, 32, 32)
+    stem = model.patch_embed
+    as_written = stem.proj(stem.conv(images)).permute(0, 2, 3, 1)  # the layers one after the other
+    model, images = model.to(memory_format=memory_format), images.to(memory_format=memory_format)
+    folded = stem(images)
+    assert folded.is_contiguous()
+    torch.testing.assert_close(folded, as_written, rtol=0, atol=1e-5)
+    logits = model(images)
+    stem.forward = lambda images: as_written
+    torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
+
+
+def test_folding_keeps_nothing_from_earlier_weights(make_small):
+    model, images = make_small().eval(), torch.randn(2, 3, 32, 32)
+    before = model(images)
+    with torch.no_grad():
+        model.patch_embed.conv[1].running_mean += 1
+    assert not torch.allclose(model(images), before)
+
+
 def test_wrong_images_are_refused(make_small):
     model = make_small((32, 48)).eval()
     for shape in [(1, 3, 48, 32), (1, 3, 32, 32), (1, 1, 32, 48), (3, 32, 48)]:

@@ -35,6 +35,20 @@ class PatchEmbed(nn.Module):
         self.recompute: Recompute = "cheap"
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
+        return self.forward_folded(images) if not self.training else self.forward_in_training(images)
+
+    def forward_folded(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
+        """The stem of evaluation: its BatchNorms are constants, and go into weights and bias of the convolutions."""
+        # On the CPU channels last is the faster order of memory; on CUDA that is train.channels_last's to choose.
+        x = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
+        conv1, norm1, _, conv2, norm2, _, conv3, norm3, _ = self.conv
+        for conv, norm in ((conv1, norm1), (conv2, norm2), (conv3, norm3)):
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [hidden]
+            weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+            x = F.relu(F.conv2d(x, weight, bias, conv.stride, conv.padding), inplace=True)  # [B, hidden, H/2, W/2]
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
+
+    def forward_in_training(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
         # Of the first convolution too the input is kept: with 3 channels going in, its output costs the least.
         conv1, norm1, relu1, conv2, norm2, relu2, conv3, norm3, relu3 = self.conv
         keep = self._keep
@@ -92,7 +106,7 @@ class OutlookAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.proj_drop(self.mix(x, self.logits(x)))
+        return self.proj_drop(self.mix(self.v(x), self.logits(x)))
 
     def logits(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         x = x.permute(0, 3, 1, 2)  # [B, C, H, W]
@@ -100,9 +114,9 @@ class OutlookAttention(nn.Module):
         centres = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
         return self.attn(centres.permute(0, 2, 3, 1))  # [B, h, w, heads*K^4]
 
-    def mix(self, x: Tensor, logits: Tensor) -> Tensor:  # [B, H, W, C], [B, h, w, heads*K^4]
+    def mix(self, value: Tensor, logits: Tensor) -> Tensor:  # [B, H, W, C], [B, h, w, heads*K^4]
         x = outlook_attention(
-            self.v(x),
+            value,
             logits,
             num_heads=self.num_heads,
             kernel_size=self.kernel_size,
@@ -195,11 +209,13 @@ class Block(nn.Module):
 
 
 class Outlooker(Block):
-    """Outlook attention and an MLP. The grid is at its largest and the channels few: products are made again."""
+    """Outlook attention and an MLP. The grid is at its largest, so the MLP's first product is made again."""
 
     def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        # The norm is made twice, which costs less than the product that would be made again after a shared one.
+        value = recomputed(lambda x: self.attn.v(self.norm1(x)), x)  # [B, H, W, C]
         logits = recomputed(lambda x: self.attn.logits(self.norm1(x)), x)  # [B, h, w, heads*K^4]
-        return recomputed(lambda x, logits: self.attn.mix(self.norm1(x), logits), x, logits)  # [B, H, W, C]
+        return recomputed(self.attn.mix, value, logits)  # [B, H, W, C]
 
     def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         return recomputed(lambda x: self.mlp(self.norm2(x)), x)  # [B, H, W, C]
