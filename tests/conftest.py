@@ -10,6 +10,7 @@ from PIL import Image
 
 from volo.config import Config
 from volo.data.dataset import Batch
+from volo.token_labels.targets import TokenLabelBatch
 
 # The tensors of most tests are too small to share: on a busy machine a second thread is mostly waited for.
 torch.set_num_threads(1)
@@ -56,6 +57,18 @@ def make_batch(size: int, seed: int = 0, side: int = 32, num_classes: int = 3) -
     )
 
 
+def make_label_maps(images: int, tokens: int, per_token: int = 1, cells: int = 9, k: int = 2) -> TokenLabelBatch:
+    """Label maps of noise, of which each token takes ``per_token`` cells."""
+    return TokenLabelBatch(
+        scores=torch.rand(images, k, cells),
+        classes=torch.randint(3, (images, k, cells)),
+        cells=torch.randint(cells, (images, tokens, per_token)),
+        weights=torch.full((images, tokens, per_token), 1 / per_token),
+        class_weights=torch.full((images, cells), 1 / cells),
+        valid=torch.rand(images, tokens) > 0.1,
+    )
+
+
 @pytest.fixture(name="tiny_config", scope="session")
 def tiny_config_fixture():
     return tiny_config
@@ -64,6 +77,11 @@ def tiny_config_fixture():
 @pytest.fixture(name="make_batch", scope="session")
 def make_batch_fixture():
     return make_batch
+
+
+@pytest.fixture(name="make_label_maps", scope="session")
+def make_label_maps_fixture():
+    return make_label_maps
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from volo.config import Config
 from volo.distributed import World
 from volo.prepare import BatchPlan
 from volo.step import Learner
-from volo.token_labels.targets import TokenLabelBatch
 
 META = torch.device("meta")
 
@@ -21,18 +20,6 @@ def generators_of_the_host(monkeypatch):
     """The meta device has no generators; theirs would only fill tensors."""
     make = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": make())
-
-
-def label_maps(images: int, tokens: int, cells: int = 9, k: int = 2) -> TokenLabelBatch:
-    """Label maps of one cell a token, on the host."""
-    return TokenLabelBatch(
-        scores=torch.rand(images, k, cells),
-        classes=torch.randint(3, (images, k, cells)),
-        cells=torch.randint(cells, (images, tokens, 1)),
-        weights=torch.ones(images, tokens, 1),
-        class_weights=torch.full((images, cells), 1 / cells),
-        valid=torch.rand(images, tokens) > 0.1,
-    )
 
 
 @pytest.mark.parametrize("ask", [lambda x: x[0].item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.cpu()])
@@ -53,7 +40,7 @@ def test_the_meta_device_tells(ask):
         {"ema": {"enabled": True}, "optim": {"name": "momentum", "clip_grad": 0.1, "clip_mode": "agc"}},
     ],
 )
-def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, generators_of_the_host):
+def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_maps, generators_of_the_host):
     # Fused AdamW has no code for this device.
     sections = {"optim": {"name": "momentum"}, "model": {"drop_path_rate": 0.2}} | sections
     config: Config = tiny_config(**sections)
@@ -63,7 +50,7 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, generators_
     batch = make_batch(size)
     batch.erase_boxes.zero_()  # erasing fills boxes with a generator of the device
     if config.token_label.root:
-        batch.token_labels = label_maps(size, learner.grid[0] * learner.grid[1])
+        batch.token_labels = make_label_maps(size, learner.grid[0] * learner.grid[1])
     for step in range(3):
         for micro in range(learner.plan.micro_batches):
             loss = learner.forward_backward(batch, 0, step, micro).total

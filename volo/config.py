@@ -386,7 +386,7 @@ class TrainConfig:
         seed: Seed of everything that is drawn.
         precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, where the installed Apex has it.
         device: "auto" takes CUDA where it is found; or "cuda", "cpu".
-        compile: Compile the model with torch.compile.
+        compile: Compile network and loss with torch.compile.
         kernel: Kernel of outlook attention: "auto" takes the native one (C++ on the CPU, Triton on CUDA) where it
             runs, else the reference in plain PyTorch; or insist on "native" or "reference".
         recompute: What is computed again in the backward pass instead of being kept: "none"; "cheap", what costs a

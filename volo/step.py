@@ -86,8 +86,11 @@ class Learner:
         self.scaler = self.precision.scaler()
         if self.precision.name == "apex_o1":
             self.model, self.optimizer = apex_initialise(self.model, self.optimizer)
+        self.loss_terms = self.loss.terms
         if config.train.compile:
             self.model.compile()
+            # dynamic: a token lists more or fewer classes from batch to batch, where label maps are pooled.
+            self.loss_terms = torch.compile(self.loss.terms, dynamic=True)
         self.wrapped = self._distribute(self.model)
         # After every rank got rank 0's weights; before, the ranks would average different ones.
         self.ema = create_ema(self.model, config.ema)
@@ -133,7 +136,9 @@ class Learner:
         # checkpoint is the same run.
         on_cpu = self.world.device.type == "cpu"
         devices = None if on_cpu else [self.world.device.index]
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        # Every step uses the same parameters; but a pass without an exchange must not come first in a static graph.
+        static = self.plan.micro_batches == 1 and not self.config.train.compile
+        wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static)
         if on_cpu:
             wrapped.register_comm_hook(None, distributed.average_in_rank_order)
         return wrapped
@@ -148,7 +153,7 @@ class Learner:
         with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
             with self.precision.autocast():
                 output = self.wrapped(images, mix_box)
-            terms = self.loss.terms(output, targets, mix_box)
+            terms = self.loss_terms(output, targets, mix_box)
             self._backward(terms.total / self.plan.micro_batches)
         return terms
 
