@@ -5,9 +5,11 @@
     python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
     python scripts/benchmark.py train   forward and backward pass of a training step
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
+    python scripts/benchmark.py growth  time and memory against resolution, and the batch that fits a GPU
 
 Every round times each of them once, one right after the other; a ratio is the median of the rounds' own ratios, so
-what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster.
+what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster. "products alone" is
+the time of the same network's matrix products and convolutions and nothing else, which no kernel of ours can shorten.
 """
 
 import argparse
@@ -22,8 +24,11 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import benchmark_memory  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from benchmark_memory import growth_row, kept_bytes, summed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -31,7 +36,9 @@ from volo.models import create_model, list_models  # noqa: E402
 from volo.models.blocks import OutlookAttention  # noqa: E402
 from volo.models.recompute import Recompute  # noqa: E402
 
-OURS, TIMM, TIMM_COMPILED, VIT = "ours", "timm eager", "timm compiled", "ViT-S (timm)"
+OURS, OURS_COMPILED, TIMM, TIMM_COMPILED = "ours", "ours compiled", "timm eager", "timm compiled"
+VIT, PRODUCTS = "ViT-S (timm)", "products alone"
+VIT_NAME = "vit_small_patch16_224"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Step = Callable[[], object]
@@ -41,7 +48,7 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     bench = Bench(args)
-    rows, notes = {"op": op, "model": model, "train": train, "memory": memory}[args.what](bench)
+    rows, notes = WHAT[args.what](bench)
     title = f"{args.what}: {args.model} {args.img_size} px, batch {args.batch}, {args.precision}, {bench.machine()}"
     print(title)
     print_table(rows)
@@ -53,7 +60,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["op", "model", "train", "memory"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--model", default="volo_d1", choices=list_models(), help="the network (default: volo_d1)")
     parser.add_argument("--img-size", type=int, default=224, help="image side in pixels (default: 224)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
@@ -77,15 +84,18 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = torch.device(args.device)
-        self.images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=self.device)
+        self.images = self.noise(args.img_size)
+
+    def noise(self, side: int) -> Tensor:
+        return torch.randn(self.args.batch, 3, side, side, device=self.device)
 
     def machine(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} threads of {cpu_name()}"
 
-    def ours(self) -> nn.Module:
-        return create_model(self.args.model, img_size=self.args.img_size).to(self.device)
+    def ours(self, side: int | None = None) -> nn.Module:
+        return create_model(self.args.model, img_size=side or self.args.img_size).to(self.device)
 
     def timm(self, name: str | None = None, **options) -> nn.Module:
         name = name or f"{self.args.model}_{224 if self.args.img_size == 224 else ''}".rstrip("_")
@@ -95,8 +105,10 @@ class Bench:
         dtype = DTYPES[self.args.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=True)
 
-    def compiled(self, module: Callable) -> dict[str, Callable]:
-        return {} if self.args.eager_only else {TIMM_COMPILED: torch.compile(module)}
+    def compiled(self, ours: Callable, theirs: Callable) -> dict[str, Callable]:
+        if self.args.eager_only:
+            return {}
+        return {OURS_COMPILED: torch.compile(ours), TIMM_COMPILED: torch.compile(theirs)}
 
     def time(self, steps: dict[str, Step]) -> dict[str, list[float]]:
         """Seconds of each step, round by round; two rounds of warmup, which compile what is compiled."""
@@ -128,19 +140,23 @@ def op(bench: Bench) -> tuple[list[dict], list[str]]:
     x = torch.randn(bench.args.batch, *grid, dim, device=bench.device)
     theirs = TimmOutlookAttention(dim, heads, kernel_size=3, padding=1, stride=2).to(bench.device).train()
     theirs.load_state_dict(layer.state_dict())
-    layers = {OURS: layer, TIMM: theirs} | bench.compiled(theirs)
-    forward = bench.time({name: lambda m=m: run(bench, m, x) for name, m in layers.items()})
-    both = bench.time({name: lambda m=m: run_back(bench, m, x) for name, m in layers.items()})
+    layers = {OURS: layer, TIMM: theirs} | bench.compiled(layer, theirs)
+    steps = {name: lambda m=m: run(bench, m, x) for name, m in layers.items()}
+    forward = bench.time(steps | {PRODUCTS: products(bench, layer, x, backward=False)})
+    steps = {name: lambda m=m: run_back(bench, m, x) for name, m in layers.items()}
+    both = bench.time(steps | {PRODUCTS: products(bench, layer, x, backward=True)})
     return table("forward", forward) + table("forward + backward", both), []
 
 
 def model(bench: Bench) -> tuple[list[dict], list[str]]:
     """Inference, and how much of the multiply-adds a second of ViT-S each of them reaches."""
     ours, theirs = bench.ours().eval(), bench.timm().eval()
-    vit = bench.timm("vit_small_patch16_224").eval()
-    networks = {OURS: ours, TIMM: theirs} | bench.compiled(theirs) | {VIT: vit}
-    macs = {name: count_macs(vit if name == VIT else theirs, bench.images) for name in networks}
-    seconds = bench.time({name: lambda m=m: run(bench, m, bench.images) for name, m in networks.items()})
+    vit = bench.timm(VIT_NAME).eval()
+    networks = {OURS: ours, TIMM: theirs} | bench.compiled(ours, theirs) | {VIT: vit}
+    steps = {name: lambda m=m: run(bench, m, bench.images) for name, m in networks.items()}
+    steps[PRODUCTS] = products(bench, ours, bench.images, backward=False)
+    macs = {name: count_macs(vit if name == VIT else theirs, bench.images) for name in steps}
+    seconds = bench.time(steps)
     rows = table("forward", seconds)
     for row in rows:
         row["GMACs"] = round(macs[row["who"]] / 1e9, 2)
@@ -153,25 +169,40 @@ def model(bench: Bench) -> tuple[list[dict], list[str]]:
 
 def train(bench: Bench) -> tuple[list[dict], list[str]]:
     """Forward and backward of class and token logits; neither loss nor optimizer, which are the same for both."""
-    ours, theirs = bench.ours().train(), bench.timm().train()
-    networks = {OURS: ours, TIMM: TrainForward(theirs)}
-    networks |= bench.compiled(TrainForward(theirs))
-    seconds = bench.time({name: lambda m=m: run_back(bench, m, bench.images) for name, m in networks.items()})
-    return table("forward + backward", seconds), []
+    networks = {f"ours, recompute {mode}": bench.ours().train() for mode in get_args(Recompute)}
+    for mode, network in zip(get_args(Recompute), networks.values(), strict=True):
+        network.set_recompute(mode)
+    ours, theirs = networks.pop("ours, recompute cheap"), TrainForward(bench.timm().train())
+    networks = {OURS: ours, **networks, TIMM: theirs} | bench.compiled(ours, theirs)
+    steps = {name: lambda m=m: run_back(bench, m, bench.images) for name, m in networks.items()}
+    seconds = bench.time(steps | {PRODUCTS: products(bench, ours, bench.images, backward=True)})
+    return table("forward + backward", seconds), ["ours recomputes what is cheap, as by default (train.recompute)"]
 
 
 def memory(bench: Bench) -> tuple[list[dict], list[str]]:
     """Bytes that autograd keeps between forward and backward, storages counted once, parameters left out."""
-    networks = {}
-    for mode in get_args(Recompute):
-        networks[f"ours, recompute {mode}"] = bench.ours()
-        networks[f"ours, recompute {mode}"].set_recompute(mode)
-    networks |= {TIMM: TrainForward(bench.timm()), VIT: bench.timm("vit_small_patch16_224")}
+    networks = {f"ours, recompute {mode}": bench.ours() for mode in get_args(Recompute)}
+    for mode, network in zip(get_args(Recompute), networks.values(), strict=True):
+        network.set_recompute(mode)
+    networks |= {TIMM: TrainForward(bench.timm()), VIT: bench.timm(VIT_NAME)}
     rows = []
     for name, network in networks.items():
-        kept = kept_bytes(bench, network.train())
-        rows.append({"what": "kept for backward", "who": name, "MB an image": round(kept / bench.args.batch / 1e6, 1)})
+        kept = kept_bytes(network.train(), bench.images, bench.autocast()) / bench.args.batch
+        rows.append({"what": "kept for backward", "who": name, "MB an image": round(kept / 1e6, 1)})
     return rows, []
+
+
+def growth(bench: Bench) -> tuple[list[dict], list[str]]:
+    """What resolution costs: time of both passes, memory, and the batch that GPUs have room for."""
+    rows = []
+    for side in (224, 384, 448, 512):
+        network, images = bench.ours(side), bench.noise(side)
+        steps = {
+            "forward": lambda n=network, x=images: run(bench, n.eval(), x),
+            "forward + backward": lambda n=network, x=images: run_back(bench, n.train(), x),
+        }
+        rows.append({"image side": side} | growth_row(network, images, bench.time(steps), bench.autocast()))
+    return rows, [benchmark_memory.__doc__.replace("\n", " ").strip()]
 
 
 class TrainForward(nn.Module):
@@ -199,24 +230,36 @@ def run_back(bench: Bench, network: nn.Module, x: Tensor) -> None:
     network.zero_grad()
 
 
-def summed(output: Tensor | tuple) -> Tensor:
-    return output.float().sum() if isinstance(output, Tensor) else sum(x.float().sum() for x in output)
+def products(bench: Bench, network: nn.Module, x: Tensor, backward: bool) -> Step:
+    """Return a step of the linear layers and convolutions of ``network`` alone, on inputs of the shapes they get."""
+    calls = []
 
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        data, grad = torch.randn_like(inputs[0]), torch.randn_like(output)
+        if not backward and data.ndim == 4 and isinstance(module, nn.Conv2d):
+            data = data.contiguous(memory_format=torch.channels_last)  # the faster order, which ours has there
+        calls.append((module, data.requires_grad_(backward), grad))
 
-def kept_bytes(bench: Bench, network: nn.Module) -> int:
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()} | {bench.images.untyped_storage().data_ptr()}
-    kept = {}
+    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    was_training = network.training
+    with torch.no_grad():
+        network.train()(x)  # in training every layer is called by itself
+    network.train(was_training)
+    for hook in hooks:
+        hook.remove()
 
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            for module, data, grad in calls:
+                with bench.autocast():
+                    if isinstance(module, nn.Linear):
+                        y = F.linear(data, module.weight)
+                    else:
+                        y = F.conv2d(data, module.weight, None, module.stride, module.padding)
+                if backward:
+                    torch.autograd.grad(y, (data, module.weight), grad.to(y.dtype))
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), bench.autocast():
-        output = summed(network(bench.images))  # held, so that no storage is freed and counted twice
-    assert output.requires_grad
-    return sum(kept.values())
+    return step
 
 
 def count_macs(network: nn.Module, images: Tensor) -> int:
@@ -262,6 +305,8 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
+
+WHAT = {"op": op, "model": model, "train": train, "memory": memory, "growth": growth}
 
 if __name__ == "__main__":
     main()
