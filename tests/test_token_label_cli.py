@@ -24,7 +24,7 @@ def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0, ex
             height, width = 5, 6 + int(label)  # maps need not be square, nor alike
             scores = np.stack([np.full((height, width), 9.0), np.zeros((height, width))])
             scores[1, :, : width // 2] = 7.0
-            names = np.stack([np.full((height, width), label), np.full((height, width), (label + 1) % 3)])
+            names = np.stack([np.full((height, width), label), np.full((height, width), (label + 1) % len(classes))])
             writer.add(label_key(image), TokenLabelMap(scores.astype(np.float16), names.astype(np.int16)))
     return path
 
@@ -238,6 +238,15 @@ def test_fine_tuning_on_other_classes_with_and_without_labels(images, store, tmp
         (tmp_path / "two" / "val").mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
             (tmp_path / "two" / split / kind).symlink_to(images / split / kind)
-    other = ("--data.root", tmp_path / "two", "--model.num_classes", 2, "--loss.dense_weight", 0)
-    ended = run(TRAIN, *start_from, *other, "--train.name", "other", cwd=tmp_path).assert_done()
-    assert "heads dropped: theirs have 3 classes" in ended.out
+    other = ("--data.root", tmp_path / "two", "--model.num_classes", 2)
+    labels_of_two = write_store(tmp_path / "two" / "labels", tmp_path / "two", classes=("disc", "stripes"))
+    for name, words in (
+        ("unlabelled", (*other, "--loss.dense_weight", 0)),
+        ("two", (*other, "--token_label.root", labels_of_two)),
+        ("two-class-token", (*other, "--token_label.root", labels_of_two, "--loss.dense_weight", 0)),
+    ):
+        ended = run(TRAIN, *start_from, *words, "--train.name", name, cwd=tmp_path).assert_done()
+        assert "heads dropped: theirs have 3 classes" in ended.out
+        assert ("\nlabels " in ended.out) == (name != "unlabelled")
+    ended = run(TRAIN, *start_from, *other, "--token_label.root", store, "--train.name", "three", cwd=tmp_path)
+    ended.assert_failed(USAGE, "had 3 classes, the data set has 2")
