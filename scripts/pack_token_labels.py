@@ -25,6 +25,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         default="reference",
         help="what a map covers: a centre crop, as in the published labels, or the whole image",
     )
+    parser.add_argument(
+        "--exif",
+        choices=("ignore", "apply"),
+        default="ignore",
+        help="whether the teacher saw images turned by their EXIF orientation; as data.exif of the training",
+    )
     parser.add_argument("--num_classes", type=int, help="classes of the teacher (default: those of --class_list)")
     parser.add_argument(
         "--class_list",

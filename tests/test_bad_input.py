@@ -194,7 +194,7 @@ def test_unreadable_training_images_are_replaced_and_reported_where_asked_for(re
         log = (folder / "runs/run/log.txt").read_text()
         for path, (_, reason) in zip(broken, UNREADABLE.values(), strict=True):
             (line,) = (line for line in log.splitlines() if f"cannot read {path}" in line)
-            assert "another image took the place of an unreadable one" in line
+            assert "another image took the place of one that cannot be used" in line
             assert reason in line
     assert outs[0].count("cannot read") == 3
     assert outs[2] == "", "rank 0 reports for all"

@@ -47,6 +47,24 @@ def test_a_picture_comes_out(count, grid):
     assert with_tokens.size[0] > plain.size[0] or count > 1
 
 
+def test_tokens_that_see_nothing_are_hatched_and_others_named():
+    def drawn(valid: bool) -> np.ndarray:
+        view = TokenView(np.zeros((1, 4), int), np.ones((1, 4)), np.full((1, 4), valid), (2, 2))
+        png = draw_batch(np.zeros((1, 20, 20, 3)), ["black"], ["tree"], view)
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+        return pixels[80:-80, pixels.shape[1] // 2 + 40 : -40]  # well inside the panel of tokens
+
+    named, hatched = drawn(True), drawn(False)
+    reds = (named[..., 0] - named[..., 2]) > 60  # the colour of the class
+    assert reds.mean() > 0.5
+    is_grey = abs(hatched - hatched.mean(2, keepdims=True)).max() < 3
+    assert is_grey, "no colour of a class"
+    white = (hatched.mean(2) > 200).mean()
+    assert 0.02 < white < 0.5, "lines of a hatching"
+    # Slanted lines: every row and every column crosses some.
+    assert (hatched.mean(2) > 150).any(0).all() and (hatched.mean(2) > 150).any(1).all()
+
+
 def test_cutmix_takes_from_each_token_what_lies_under_the_box():
     # 8 x 12 pixels, 2 x 3 tokens of 4 x 4; the box covers rows 2..6, columns 4..10
     plan = MixPlan(torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([[2, 4, 6, 10], [0, 0, 0, 0]]), "elem")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from volo import distributed
 from volo.checkpoint import CheckpointFolder, read_own_checkpoint
 from volo.cli import config_to_dict, save_config
 from volo.config import Config, DataConfig, ModelConfig
@@ -109,19 +110,22 @@ def open_token_labels(
 ) -> LabelSource | None:
     """Open the label maps of the training images for the network's ``grid``; None where none are given.
 
-    Raises ValueError where they do not belong to the images and classes.
+    Raises ValueError where they do not belong to the images and classes, or are damaged as far as can be seen now.
     """
     options = config.token_label
     if options.root is None:
         return None
-    return LabelSource(
+    source = LabelSource(
         options.root,
         splits.train.names,
         splits.classes,
         grid,
         options.geometry,
+        config.data.exif,
         verify_checksums=options.verify_checksums and is_main,  # once, not on every rank
     )
+    distributed.on_main(lambda: source.try_files(config.data.on_error))
+    return source
 
 
 def make_train_loader(

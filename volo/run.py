@@ -118,6 +118,8 @@ def closing_words(trainer: Trainer) -> str:
     """Return the last lines of a finished run: result, pictures, next command."""
     run, config, progress = trainer.run, trainer.config, trainer.progress
     lines = [f"finished: {progress.epoch} epochs, {progress.global_step:,} steps"]
+    if trainer.replaced:
+        lines.append(f"{trainer.replaced:,} times another image took the place of one that cannot be used: see above")
     if trainer.splits.val is not None:
         row = ["best top-1 %", f"{progress.best_top1:.2f}", f"epoch {progress.best_epoch}, {trainer.evaluated_weights}"]
         rows = [row]

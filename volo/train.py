@@ -56,6 +56,7 @@ class Trainer:
         self.token_labels = open_token_labels(config, splits, self.learner.grid, world.is_main)
         self.loader = make_train_loader(config, splits.train, world, self.plan, self.token_labels)
         self.failures: list[str] = []
+        self.replaced = 0
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)
         # A run that was killed before its first checkpoint starts over, and so do its records.
@@ -222,7 +223,8 @@ class Trainer:
         epoch = progress.global_step / self.steps_per_epoch
         self.writer.scalars(progress.global_step, epoch, **{f"train/{name}": value for name, value in means.items()})
         for failure in distributed.gather_lists(self.failures):
-            _logger.warning("another image took the place of an unreadable one: %s", failure)
+            self.replaced += 1
+            _logger.warning("another image took the place of one that cannot be used: %s", failure)
         self.failures = []
         return means
 

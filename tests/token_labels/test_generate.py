@@ -259,6 +259,18 @@ def test_published_format_holds_the_same_labels(images, volo, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_how_images_were_turned_is_written_down(images, cnn, tmp_path, capsys):
+    for layout in ("packed", "published"):
+        given = options(images, tmp_path / layout, "timm:test_resnet", cnn, img_size=64, exif="apply", format=layout)
+        assert run_generation(given) == DONE
+    assert TokenLabelStore(tmp_path / "packed").header.exif == "apply"
+    # A folder of files cannot say it; who packs it can.
+    assert (
+        f"pack_token_labels.py --source {tmp_path / 'published'} --geometry whole_image --exif apply\n"
+        in capsys.readouterr().out
+    )
+
+
 def test_size_and_class_count_of_a_bare_volo_file_are_read_off_it(images, tmp_path):
     model = create_model("volo_nano", img_size=(48, 32), num_classes=8)
     torch.save({"module." + key: value for key, value in model.state_dict().items()}, tmp_path / "bare.pth")

@@ -132,8 +132,14 @@ def test_labels_of_an_own_data_set(tmp_path):
     names = tmp_path / "classes.txt"
     names.write_text("\n".join("abcdefg"))
     store = pack(
-        save(tmp_path / "labels", labels), teacher="mine", geometry="whole_image", class_list=str(names), num_classes=7
+        save(tmp_path / "labels", labels),
+        teacher="mine",
+        geometry="whole_image",
+        exif="apply",
+        class_list=str(names),
+        num_classes=7,
     )
+    assert store.header.exif == "apply"
     assert_holds(store, labels)
     assert (store.header.teacher, store.header.geometry, store.header.classes) == ("mine", "whole_image", (*"abcdefg",))
 

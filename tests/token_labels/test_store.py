@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volo.token_labels import store, writer
-from volo.token_labels.opening import check_covers, open_labels
-from volo.token_labels.published import PublishedLabels
+from volo.token_labels.opening import check_covers, check_orientation, open_labels
+from volo.token_labels.published import PublishedLabels, sample
 from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
 from volo.token_labels.writer import StoreWriter
 
@@ -89,6 +89,23 @@ def test_header_comes_back(tmp_path):
     path = write_store(tmp_path / "new" / "labels", LABELS, classes=names, geometry="reference")
     assert TokenLabelStore(path).header == StoreHeader("a teacher", "reference", 2, 10, names, 4)
     assert [p.name for p in path.parent.iterdir()] == ["labels"]  # nothing of the making is left
+
+
+def test_a_store_says_how_its_images_were_turned(packed):
+    path = write_store(packed.parent / "turned", LABELS, exif="apply")
+    for made, other in ((path, "ignore"), (packed, "apply")):
+        check_orientation(TokenLabelStore(made), TokenLabelStore(made).header.exif)
+        with pytest.raises(ValueError, match=rf"{made.name}: .* data.exif is '{other}'.*--exif {other}$"):
+            check_orientation(TokenLabelStore(made), other)
+    edit_header(path, exif="gone")  # as before it was recorded
+    assert TokenLabelStore(path).header.exif == "ignore"
+
+
+def test_the_published_layout_counts_as_made_without_orientation(tmp_path):
+    labels = open_labels(published(tmp_path, {"a/x": GOOD}))
+    check_orientation(labels, "ignore")
+    with pytest.raises(ValueError, match="the published layout cannot say.*pack_token_labels.py --exif apply"):
+        check_orientation(labels, "apply")
 
 
 def test_files_are_what_the_format_says(packed):
@@ -322,6 +339,28 @@ def test_checksums_find_what_sizes_cannot(packed, name):
         opened.verify_checksums()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scores.bin", struct.pack("<e", float("nan")), "scores that are NaN or beyond float16"),
+        ("scores.bin", struct.pack("<e", -float("inf")), "scores that are NaN or beyond float16"),
+        ("classes.bin", struct.pack("<h", 10), r"class index 10, allowed is 0 \.\.\. 9"),
+        ("classes.bin", struct.pack("<h", -1), "class index -1"),
+    ],
+)
+def test_values_that_changed_on_disk_are_not_read(packed, name, value, message):
+    content = bytearray((packed / name).read_bytes())
+    start = 2 * sum(LABELS[f"cat/c{i}"].scores.size for i in (0, 1))  # bytes of the entries before c2
+    content[start : start + 2] = value
+    (packed / name).write_bytes(content)
+    opened = TokenLabelStore(packed)
+    for entry, key in enumerate(LABELS):
+        if key != "cat/c2":
+            assert_same(opened.read(entry), LABELS[key])
+    with pytest.raises(ValueError, match=f"{packed}: label of 'cat/c2': {message}.*copy the store.*pack it again"):
+        opened.read(2)
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -384,6 +423,7 @@ def test_duplicate_keys_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"exif": "turn"}, "exif is 'turn', allowed is ignore or apply"),
         ({"geometry": "crop"}, "geometry is 'crop', allowed is whole_image or reference"),
         ({"top_k": 0}, r"top_k is 0, allowed is 1 \.\.\. 10"),
         ({"top_k": 11}, "top_k is 11"),
@@ -588,6 +628,26 @@ def test_published_files_that_cannot_be_loaded(tmp_path, how):
     with pytest.raises(ValueError, match="a/x.pt"):
         _ = PublishedLabels(tmp_path).header
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["a/0", "a/3", "z/9"])
+def test_one_damaged_file_does_not_speak_for_the_others(tmp_path, name):
+    """A file with another number of classes, or none at all, wherever it stands."""
+    published(tmp_path, {f"a/{i}": GOOD for i in range(8)})
+    for content in (torch.ones(2, 3, 3, 4).half(), torch.ones(7)):
+        path = save(tmp_path / f"{name}.pt", content)
+        opened = PublishedLabels(tmp_path)
+        assert opened.header.top_k == 2
+        (reason,) = opened.damaged(range(len(opened)))
+        assert reason.startswith(str(path))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 1281167])
+def test_a_sample_is_spread_evenly(count):
+    drawn = sample(count, 5)
+    assert drawn[0] == 0 and drawn[-1] == count - 1
+    assert len(drawn) == min(count, 5) == len(set(drawn))
+    assert max(np.diff(drawn), default=1) - min(np.diff(drawn), default=1) <= 1
 
 
 def test_folders_without_labels(tmp_path):

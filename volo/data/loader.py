@@ -276,6 +276,5 @@ def _unreadable(failures: list[str], on_error: str) -> UnreadableImage:
     if on_error == "skip":
         return UnreadableImage(f"{failures[0]}{more}; no other image could be read in its place")
     return UnreadableImage(
-        f"{failures[0]}{more}; replace or remove the file, or set data.on_error to skip, which goes on without it "
-        "and counts it"
+        f"{failures[0]}{more}; replace the file, or set data.on_error to skip, which goes on without it and counts it"
     )

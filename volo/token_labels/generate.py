@@ -242,6 +242,13 @@ def closing_words(options: GenerateOptions, totals: Totals) -> str:
         f"{name} {100 * count / totals.images:.3f} % ({count:,} of {totals.images:,})"
         for name, count in (("top-1", totals.top1_correct), ("top-5", totals.top5_correct))
     ]
+    if options.format == "published" and (options.geometry, options.exif) != ("reference", "ignore"):
+        # Read as they are, they would be taken for what the published archive is.
+        lines.append(
+            "the published layout does not say what its maps show: before training, pack them with "
+            f"scripts/pack_token_labels.py --source {options.output} --geometry {options.geometry} "
+            f"--exif {options.exif}"
+        )
     return "\n".join([*lines, f"accuracy of the teacher on these images: {', '.join(shares)}"])
 
 

@@ -108,6 +108,7 @@ def write_packed(
         top_k=options.top_k,
         num_classes=len(records.classes),
         classes=records.classes,
+        exif=options.exif,
     ) as store:
         for path, label in labels:
             store.add(label_key(path), label)

@@ -72,6 +72,27 @@ def check_covers(
     return entries
 
 
+def check_orientation(labels: TokenLabelStore | PublishedLabels, exif: str) -> None:
+    """Raise ValueError where the teacher saw images turned in another way than the training will.
+
+    Args:
+        exif: "ignore" or "apply", what the training does with orientation tags.
+    """
+    made = labels.header.exif
+    if made == exif:
+        return
+    remedy = f"set --data.exif {made}, or generate labels with --exif {exif}"
+    if isinstance(labels, PublishedLabels):
+        remedy = (
+            "the published layout cannot say otherwise: set --data.exif ignore, or, where its teacher did turn them, "
+            "say so with scripts/pack_token_labels.py --exif apply"
+        )
+    raise ValueError(
+        f"{labels.path}: the teacher saw images with exif {made!r} and data.exif is {exif!r}, so the labels of images "
+        f"with an orientation tag would lie turned; {remedy}"
+    )
+
+
 def _some(names: list[str], most: int = 10) -> str:
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

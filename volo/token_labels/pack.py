@@ -28,7 +28,7 @@ class Options:
     Args:
         source: Folder of the label files.
         output: Store to write.
-        teacher, geometry: As in :class:`volo.token_labels.StoreHeader`.
+        teacher, geometry, exif: As in :class:`volo.token_labels.StoreHeader`.
         num_classes: Classes of the teacher; None takes the length of the class list.
         class_list: "imagenet", or a text file with one class name a line; None is "imagenet" where num_classes is
             not given either, and otherwise no names.
@@ -40,6 +40,7 @@ class Options:
     output: str
     teacher: str = "published"
     geometry: str = "reference"
+    exif: str = "ignore"
     num_classes: int | None = None
     class_list: str | None = None
     images: str | None = None
@@ -63,6 +64,7 @@ def run_packing(options: Options) -> int:
             top_k=top_k,
             num_classes=num_classes,
             classes=classes,
+            exif=options.exif,
             overwrite=options.overwrite,
         )
     sizes: Counter[tuple[int, int]] = Counter()

@@ -17,6 +17,7 @@ from torch import Tensor
 from volo.token_labels.store import MAX_CLASSES, StoreHeader, TokenLabelMap, check_map
 
 _SUFFIX = ".pt"
+_FILES_FOR_TOP_K = 5
 # From here on float16 skips integers, so a class index stored in it may be that of a neighbour.
 _EXACT_IN_FLOAT16 = 2048
 
@@ -55,12 +56,31 @@ class PublishedLabels:
 
     @property
     def header(self) -> StoreHeader:
-        """What the labels have in common, as far as the first file shows; ValueError where that is no label."""
+        """What the labels have in common, as far as a few files show; ValueError where none of them is a label."""
         return StoreHeader("published", "reference", self._top_k, self._num_classes, None, len(self))
 
     @functools.cached_property
     def _top_k(self) -> int:
-        return _load_tensor(self._file(0)).shape[1]
+        """What most of a few files have: any one of them may be damaged."""
+        counts, failures = Counter(), []
+        for entry in sample(len(self), _FILES_FOR_TOP_K):
+            try:
+                counts[_load_tensor(self._file(entry)).shape[1]] += 1
+            except ValueError as error:
+                failures.append(error)
+        if not counts:
+            raise failures[0]
+        return counts.most_common(1)[0][0]
+
+    def damaged(self, entries: Sequence[int]) -> list[str]:
+        """Return why label files cannot be read, one line for each of ``entries`` that cannot."""
+        reasons = []
+        for entry in entries:
+            try:
+                self.read(entry)
+            except ValueError as error:
+                reasons.append(str(error))
+        return reasons
 
     def expect_classes(self, num_classes: int) -> None:
         """From now on reading refuses class indices of ``num_classes`` and above."""
@@ -109,6 +129,11 @@ class PublishedLabels:
 
     def _file(self, entry: int) -> Path:
         return self.path / (self.key(entry) + _SUFFIX)
+
+
+def sample(count: int, most: int) -> list[int]:
+    """Return up to ``most`` of the numbers 0 ... count - 1, spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)).tolist()
 
 
 def files_below(root: Path) -> Iterator[str]:

@@ -31,6 +31,7 @@ VERSION = 1
 HEADER = "header.json"
 FILES = ("scores.bin", "classes.bin", "entries.bin", "keys.bin", "index.bin")
 GEOMETRIES = ("whole_image", "reference")
+EXIF_MODES = ("ignore", "apply")
 MAX_CLASSES = 1 << 15  # class indices are int16
 
 # First value of the map in scores.bin and classes.bin, end of the key in keys.bin, height, width.
@@ -62,6 +63,8 @@ class StoreHeader:
         num_classes: Classes of the teacher, C; None where it is not known.
         classes: Their C names in index order; None where they are not known.
         entries: Number of label maps, n.
+        exif: Whether the teacher saw images as their pixels are stored ("ignore") or as their EXIF orientation tag
+            turns them ("apply"); stores that do not say were made before it could be chosen for them: "ignore".
     """
 
     teacher: str
@@ -70,6 +73,7 @@ class StoreHeader:
     num_classes: int | None
     classes: tuple[str, ...] | None
     entries: int
+    exif: str = "ignore"
 
 
 def label_key(relative_image_path: str) -> str:
@@ -87,13 +91,15 @@ def hash_keys(keys: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(digests, "<u8")
 
 
-def check_map(label: TokenLabelMap, top_k: int, num_classes: int | None, where: str) -> None:
-    """Raise ValueError, beginning with ``where``, if the map's shape, classes or scores cannot be."""
+def check_map(
+    label: TokenLabelMap, top_k: int, num_classes: int | None, where: str, remedy: str = "generate this label again"
+) -> None:
+    """Raise ValueError, from ``where`` to ``remedy``, if the map's shape, classes or scores cannot be."""
     shape = label.scores.shape
     if len(shape) != 3 or shape[0] != top_k or 0 in shape or label.classes.shape != shape:
         raise ValueError(
             f"{where}: scores {list(shape)} and classes {list(label.classes.shape)}, but both should be "
-            f"[{top_k}, height, width], top {top_k} as in the other entries; generate this label again"
+            f"[{top_k}, height, width], top {top_k} as in the other entries; {remedy}"
         )
     lowest, highest = int(label.classes.min()), int(label.classes.max())
     if lowest < 0 or (num_classes is not None and highest >= num_classes):
@@ -101,10 +107,10 @@ def check_map(label: TokenLabelMap, top_k: int, num_classes: int | None, where: 
         allowed = "0 or more" if num_classes is None else f"0 ... {num_classes - 1}"
         raise ValueError(
             f"{where}: class index {wrong}, allowed is {allowed}; give the number of classes that the teacher had, "
-            "or generate this label again"
+            f"or {remedy}"
         )
     if not np.isfinite(label.scores).all():
-        raise ValueError(f"{where}: scores that are NaN or beyond float16; generate this label again")
+        raise ValueError(f"{where}: scores that are NaN or beyond float16; {remedy}")
 
 
 class TokenLabelStore:
@@ -135,14 +141,21 @@ class TokenLabelStore:
         return _reopen, (self.path, self._header_bytes)
 
     def read(self, entry: int) -> TokenLabelMap:
-        """Return the map of an entry: read-only views of the mapped files, not copies."""
+        """Return the map of an entry: read-only views of the mapped files, not copies.
+
+        Raises ValueError where its values cannot be those that were packed, which were checked.
+        """
         assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
         start, _, height, width = ENTRY.unpack_from(self._entries, entry * ENTRY.size)
         shape = (self.header.top_k, height, width)
         count = shape[0] * height * width
         scores = np.frombuffer(self._scores, "<f2", count, 2 * start)
         classes = np.frombuffer(self._classes, "<i2", count, 2 * start)
-        return TokenLabelMap(scores.reshape(shape), classes.reshape(shape))
+        label = TokenLabelMap(scores.reshape(shape), classes.reshape(shape))
+        # A disk may have changed them since: then the loss would not be finite, or the device fail at an index.
+        where = f"{self.path}: label of {self.key(entry)!r}"
+        check_map(label, self.header.top_k, self.header.num_classes, where, "copy the store again, or pack it again")
+        return label
 
     def key(self, entry: int) -> str:
         """Return the key of an entry."""
@@ -268,6 +281,7 @@ def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]
             num_classes=int(values["num_classes"]),
             classes=None if classes is None else tuple(classes),
             entries=int(values["entries"]),
+            exif=str(values.get("exif", "ignore")),
         )
         files = {name: values["files"][name] for name in FILES}
         sizes = {name: int(record["bytes"]) for name, record in files.items()}

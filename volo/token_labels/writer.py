@@ -18,6 +18,7 @@ import numpy as np
 
 from volo.token_labels.store import (
     ENTRY,
+    EXIF_MODES,
     FILES,
     FORMAT,
     GEOMETRIES,
@@ -40,7 +41,7 @@ class StoreWriter:
 
     Args:
         path: Folder to make.
-        teacher, geometry, top_k, num_classes, classes: As in :class:`StoreHeader`.
+        teacher, geometry, top_k, num_classes, classes, exif: As in :class:`StoreHeader`.
         overwrite: Replace a store that is there already, at the moment when the new one is whole.
 
     Raises:
@@ -56,10 +57,11 @@ class StoreWriter:
         top_k: int,
         num_classes: int,
         classes: tuple[str, ...] | None = None,
+        exif: str = "ignore",
         overwrite: bool = False,
     ):
         self.path = Path(path).resolve()
-        self._header = StoreHeader(teacher, geometry, top_k, num_classes, classes, entries=0)
+        self._header = StoreHeader(teacher, geometry, top_k, num_classes, classes, entries=0, exif=exif)
         _check_header(self._header)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")
@@ -235,6 +237,8 @@ def _sync(folder: Path) -> None:
 def _check_header(header: StoreHeader) -> None:
     if header.geometry not in GEOMETRIES:
         raise ValueError(f"geometry is {header.geometry!r}, allowed is {' or '.join(GEOMETRIES)}")
+    if header.exif not in EXIF_MODES:
+        raise ValueError(f"exif is {header.exif!r}, allowed is {' or '.join(EXIF_MODES)}")
     if not 1 <= header.num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {header.num_classes}; a store holds class indices of 1 ... {MAX_CLASSES:,}")
     if not 1 <= header.top_k <= header.num_classes:
