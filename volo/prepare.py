@@ -140,6 +140,8 @@ def make_train_loader(
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
+        timeout_seconds=config.data.timeout_seconds,
+        epochs=config.schedule.total_epochs,
         token_labels=token_labels,
     )
 
@@ -156,6 +158,7 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
+        timeout_seconds=config.data.timeout_seconds,
     )
 
 
