@@ -36,6 +36,7 @@ def tiny_config(**sections: dict) -> Config:
     """A config of a tiny network, with the options of ``sections`` set: tiny_config(optim={"lr": 1e-2})."""
     sections["model"] = TINY_MODEL | sections.get("model", {})
     sections["train"] = {"batch_size": 4, "device": "cpu", "precision": "fp32"} | sections.get("train", {})
+    sections["data"] = {"cache": "none"} | sections.get("data", {})
     defaults = Config()
     return Config(**{name: type(getattr(defaults, name))(**options) for name, options in sections.items()})
 

@@ -79,7 +79,7 @@ SMALL = {
         "num_heads": [2, 2, 2, 2],
         "stem_hidden_dim": 8,
     },
-    "data": {"workers": 0},
+    "data": {"workers": 0, "cache": "none"},
     "optim": {"lr": 2e-3},
     "schedule": {"epochs": 2, "warmup_epochs": 0, "cooldown_epochs": 0},
     "eval": {"batch_size": 5},

@@ -22,6 +22,7 @@ from volo.data.dataset import Batch
 from volo.data.decode import UnreadableImage
 from volo.data.loader import eval_loader
 from volo.data.records import ImageRecords, imagenet_classes
+from volo.data.source import FolderSource, PackedNames
 from volo.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 
 CPU = torch.device("cpu")
@@ -40,8 +41,14 @@ def small_model(num_classes: int) -> nn.Module:
     return model.train()
 
 
+def chosen(records: ImageRecords, places: list[int], folder: Path | None = None) -> ImageRecords:
+    names = PackedNames.of(records.name(i) for i in places)
+    source = FolderSource(str(folder or records.source.root), names)
+    return replace(records, source=source, labels=records.labels[places])
+
+
 def first(records: ImageRecords, count: int) -> ImageRecords:
-    return replace(records, paths=records.paths[:count], labels=records.labels[:count])
+    return chosen(records, list(range(count)))
 
 
 def evaluate_images(
@@ -58,8 +65,8 @@ def answers_by_hand(records: ImageRecords) -> list[tuple[list[int], list[float]]
     """Guesses, best first, and logits of one image after the other."""
     model = small_model(len(records.classes)).eval()
     answers = []
-    for path in records.paths:
-        pixels = np.asarray(Image.open(Path(records.root, path)).convert("RGB"), dtype=np.float64) / 255
+    for i in range(len(records)):
+        pixels = np.asarray(Image.open(records.location(i)).convert("RGB"), dtype=np.float64) / 255
         image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)[None].float()
         logits = model(image)[0].double().tolist()
         answers.append((sorted(range(len(logits)), key=lambda c: -logits[c]), logits))
@@ -91,7 +98,7 @@ def records(tmp_path_factory) -> ImageRecords:
         image = Image.fromarray(rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8))
         (image.quantize(200) if i in (4, 11) else image).save(folder / name)
     labels = rng.integers(7, size=13)
-    return ImageRecords(str(folder), names, labels, tuple("abcdefg"))
+    return ImageRecords(FolderSource(str(folder), PackedNames.of(names)), labels, tuple("abcdefg"))
 
 
 # -------------------------------------------------------------------------------------------------- one process
@@ -176,10 +183,10 @@ def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageReco
 def broken(records, tmp_path_factory) -> ImageRecords:
     """The images with the third and the last cut short."""
     folder = tmp_path_factory.mktemp("broken")
-    for i, name in enumerate(records.paths):
-        data = Path(records.root, name).read_bytes()
+    for i, name in enumerate(records.names):
+        data = records.read(i)
         (folder / name).write_bytes(data[:60] if i in (2, 12) else data)
-    return replace(records, root=str(folder))
+    return chosen(records, list(range(len(records))), folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +205,7 @@ def test_counts_are_exact_on_every_rank(groups, records, processes):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_unreadable_images_are_left_out_and_counted(groups, records, broken, processes):
     readable = [i for i in range(13) if i not in (2, 12)]
-    expected = count_by_hand(
-        replace(records, paths=[records.paths[i] for i in readable], labels=records.labels[readable])
-    )
+    expected = count_by_hand(chosen(records, readable))
     for found in groups[processes]:
         labels = found["skipping"].labels
         assert_counts(replace(labels, skipped=()), expected)
@@ -235,7 +240,9 @@ OFFICIAL = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(50_000)]
 
 
 def official(paths: list[str]) -> ImageRecords:
-    return ImageRecords("", paths, np.zeros(len(paths), dtype=np.int64), imagenet_classes())
+    return ImageRecords(
+        FolderSource("", PackedNames.of(paths)), np.zeros(len(paths), dtype=np.int64), imagenet_classes()
+    )
 
 
 def test_46837_of_50000_count():

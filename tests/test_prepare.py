@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from volo.cli import config_to_dict
 from volo.config import Config, MixConfig, ModelConfig, TrainConfig
 from volo.data.records import ImageRecords
+from volo.data.source import FolderSource, PackedNames
 from volo.prepare import BatchPlan, Splits, check_same_images, check_same_run, default_name, load_splits
 
 # -------------------------------------------------------------------------------------------------- batch plan
@@ -114,7 +115,9 @@ def test_what_it_may_not_change(section, changes, told):
 
 def splits(images: int, classes: tuple[str, ...] = ("cat", "dog")) -> Splits:
     paths = [f"cat/{i}.png" for i in range(images)]
-    return Splits(ImageRecords("", paths, np.zeros(images, dtype=np.int64), classes), None, classes)
+    return Splits(
+        ImageRecords(FolderSource("", PackedNames.of(paths)), np.zeros(images, dtype=np.int64), classes), None, classes
+    )
 
 
 def test_the_images_a_run_goes_on_with(caplog):

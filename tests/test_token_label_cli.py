@@ -7,7 +7,8 @@ import pytest
 import torch
 from programs import CLASSES, TRAIN, USAGE, make_images, run, start, write_recipe
 
-from volo.data.records import class_names, scan_class_folders
+from volo.data.folders import FolderSplit, scan_class_folders
+from volo.data.records import class_names
 from volo.token_labels.store import TokenLabelMap, label_key
 from volo.token_labels.writer import StoreWriter
 
@@ -16,10 +17,10 @@ pytestmark = pytest.mark.xdist_group("token_labels")
 
 def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0):
     """A teacher that sees the image's own class everywhere, and a little of the next one in the left half."""
-    records = scan_class_folders(str(images / "train"), class_names("folders", str(images / "train")))
+    records = scan_class_folders(str(images / "train"), class_names("folders", FolderSplit(str(images / "train"))))
     header = {"teacher": "made by hand", "geometry": "whole_image", "top_k": 2}
     with StoreWriter(path, **header, num_classes=num_classes or len(classes), classes=classes) as writer:
-        for image, label in list(zip(records.paths, records.labels, strict=True))[leave_out:]:
+        for image, label in list(zip(records.names, records.labels, strict=True))[leave_out:]:
             height, width = 5, 6 + int(label)  # maps need not be square, nor alike
             scores = np.stack([np.full((height, width), 9.0), np.zeros((height, width))])
             scores[1, :, : width // 2] = 7.0

@@ -99,10 +99,14 @@ class DataConfig:
     """Where the images are and how they are read.
 
     Args:
-        root: Folder that holds the train and val folders.
-        train_split: Name of the training folder under root.
-        val_split: Name of the validation folder under root; with "none" nothing is evaluated.
-        val_labels: Labels file for a flat validation folder: one "name label" or one label a line.
+        root: Folder that holds the images: the train and val folders; the official tar files of ILSVRC2012 as they
+            are; tar archives (WebDataset shards), where it may be a URL; or Parquet files of Hugging Face.
+        train_split: The training images under root: a folder of class folders; a tar archive, a folder of them, or
+            several with "train-{000..146}.tar" or "train-*.tar"; the name of a split of Parquet files.
+        val_split: The validation images, likewise; with "none" nothing is evaluated.
+        val_labels: Labels of validation images that are not sorted into classes: a file of one "name label" or one
+            label a line, or the development kit, ILSVRC2012_devkit_t12.tar.gz (found by itself where it lies in root).
+        format: What the images are stored in: "folder", "tar" or "parquet"; "auto" looks what is there.
         class_list: Class names in index order: "folders" (sorted names of the training folders), "imagenet"
             (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
         workers: Processes that read images, for each process that trains; by default one a core, up to 8.
@@ -112,17 +116,24 @@ class DataConfig:
         timeout_seconds: Longest wait for a batch from the workers (a network file system may hang for ever); 0 for
             no limit.
         exif: "ignore" orientation tags, as the published code does, or "apply" them.
+        cache: Folder that keeps listings of folders and indices of archives, so that a million files are listed
+            once; "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" keeps none. A listing is made again where a
+            folder has changed since.
+        relist: List the images anew, whatever is kept.
     """
 
     root: str = "data/imagenet"
     train_split: str = "train"
     val_split: str = "val"
     val_labels: str | None = None
+    format: Literal["auto", "folder", "tar", "parquet"] = "auto"
     class_list: str = "folders"
     workers: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
     timeout_seconds: float = 600.0
     exif: Literal["ignore", "apply"] = "ignore"
+    cache: str = "auto"
+    relist: bool = False
 
     def __post_init__(self):
         _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}; 0 or more")

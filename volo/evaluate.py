@@ -63,7 +63,7 @@ class ReaLLabels:
         """Look up every image of ``records`` by its official name; ValueError where one has another name."""
         lists = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
         self.label_sets: list[frozenset[int]] = []
-        for path in records.paths:
+        for path in records.names:
             name = PurePosixPath(path).name
             number = name.removeprefix("ILSVRC2012_val_").split(".")[0]
             if not name.startswith("ILSVRC2012_val_") or not number.isdigit() or not 1 <= int(number) <= len(lists):

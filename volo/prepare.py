@@ -14,8 +14,9 @@ from volo.checkpoint import CheckpointFolder, read_own_checkpoint
 from volo.cli import config_to_dict, save_config
 from volo.config import Config, DataConfig, ModelConfig
 from volo.data.augment import EvalTransform, TrainTransform
+from volo.data.formats import open_split
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
-from volo.data.records import ImageRecords, class_names, scan_class_folders, scan_flat, split_folder
+from volo.data.records import ImageRecords, class_names
 from volo.data.shared_memory import ReadAhead, lacking_room
 from volo.distributed import World, processes_here, worker_count
 from volo.token_labels.source import LabelSource
@@ -79,12 +80,12 @@ def require_start(config: Config) -> None:
 
 
 def load_splits(config: Config) -> Splits:
-    """List the images of ``data.root``; ValueError names what is missing and what to do."""
+    """List the images of both splits; ValueError names what is missing and what to do."""
     data = config.data
-    train_dir = split_folder(data.root, data.train_split, "data.train_split")
-    classes = class_names(data.class_list, train_dir)
+    split = open_split(data, data.train_split, "data.train_split")
+    classes = class_names(data.class_list, split)
     require_classes(classes, config)
-    train = scan_class_folders(train_dir, classes)
+    train = split.records(classes)
     val = None if data.val_split == "none" else load_val(data, classes)
     return Splits(train, val, classes)
 
@@ -99,11 +100,10 @@ def require_classes(classes: tuple[str, ...], config: Config) -> None:
 
 
 def load_val(data: DataConfig, classes: tuple[str, ...]) -> ImageRecords:
-    """List the validation images: class folders, or a flat folder with ``data.val_labels``."""
-    directory = split_folder(data.root, data.val_split, 'data.val_split ("none" evaluates nothing)')
-    if data.val_labels is not None:
-        return scan_flat(directory, data.val_labels, classes)
-    return scan_class_folders(directory, classes)
+    """List the validation images; where they are not sorted into classes, ``data.val_labels`` has their labels."""
+    return open_split(data, data.val_split, 'data.val_split ("none" evaluates nothing)').records(
+        classes, data.val_labels
+    )
 
 
 def open_token_labels(
@@ -118,7 +118,7 @@ def open_token_labels(
         return None
     return LabelSource(
         options.root,
-        splits.train.paths,
+        splits.train.names,
         splits.classes,
         grid,
         options.geometry,

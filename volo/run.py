@@ -37,6 +37,7 @@ def run_training(config: Config) -> int:
         world = distributed.initialise(config.train.device)
         run = RunFolder(config)
         check_options(config, world)
+        setup_logging(None, world.is_main, world.rank)  # listing the images may take minutes
         splits = distributed.on_main(lambda: load_splits(config))
         distributed.on_main(run.create)
         setup_logging(run.path if world.is_main else None, world.is_main, world.rank)

@@ -13,7 +13,10 @@ from torch import nn
 from volo import distributed
 from volo.config import Config
 from volo.data.augment import EvalTransform
-from volo.data.records import ImageRecords, class_names, folder_layout, imagenet_classes, scan_class_folders
+from volo.data.folders import folder_layout, scan_class_folders
+from volo.data.formats import open_split
+from volo.data.manifest import Manifests
+from volo.data.records import ImageRecords, class_names, imagenet_classes
 from volo.distributed import World
 from volo.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 from volo.models import load_checkpoint
@@ -136,13 +139,17 @@ def load_weights(model: nn.Module, options: Options) -> tuple[LoadReport | None,
 def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | None) -> list[Dataset]:
     """List the images of every data set asked for; ValueError names what is missing."""
     if classes is None:
-        classes = class_names(config.data.class_list, str(Path(config.data.root) / config.data.train_split))
+        train = None
+        if config.data.class_list == "folders":
+            train = open_split(config.data, config.data.train_split, "data.train_split")
+        classes = class_names(config.data.class_list, train)
     require_classes(classes, config)
     of_imagenet = classes == imagenet_classes()
     if options.real and not of_imagenet:
         raise ValueError(
             "--real counts with labels of the 1,000 ImageNet classes, and the network's classes are not these synsets"
         )
+    manifests = Manifests.of(config.data.cache, config.data.relist)
     datasets = []
     if config.data.val_split != "none":
         records = load_val(config.data, classes)
@@ -154,7 +161,7 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
     for folder in options.v2:
         if not of_imagenet:
             raise ValueError("--v2 evaluates on ImageNet-V2, but the network's classes are not the ImageNet synsets")
-        records = scan_class_folders(folder, classes, layout=folder_layout(folder, classes))
+        records = scan_class_folders(folder, classes, folder_layout(folder, classes), manifests)
         variant = v2_variant(folder)
         datasets.append(Dataset(f"imagenet-v2 {variant}", records, f"v2-{variant}"))
     if not datasets:

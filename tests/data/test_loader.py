@@ -13,8 +13,8 @@ from volo.config import AugmentConfig
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import Batch, TrainImages
 from volo.data.decode import Note, UnreadableImage, read_image
+from volo.data.folders import scan_class_folders
 from volo.data.loader import EpochBatches, eval_loader, train_loader
-from volo.data.records import scan_class_folders
 from volo.rng import generator, torch_seed
 
 SETTINGS = settings(max_examples=80, deadline=None)
@@ -135,7 +135,7 @@ def test_a_batch_is_what_its_keys_say(records):
         assert batch.labels.dtype == batch.erase_boxes.dtype == batch.noise_seeds.dtype == torch.int64
         assert batch.labels.tolist() == [records.labels[i] for i in batch.indices]
         for row, index in enumerate(batch.indices.tolist()):
-            image, notes = read_image(f"{records.root}/{records.paths[index]}")
+            image, notes = read_image(records.read(index), records.name(index))
             plan = TRANSFORM.draw(generator(5, "augment", 2, index), *image.size)
             np.testing.assert_array_equal(batch.images[row].numpy(), TRANSFORM.apply(image, plan))
             assert tuple(batch.erase_boxes[row].tolist()) == plan.erase and batch.notes[row] == notes == 0
@@ -256,13 +256,13 @@ def test_evaluation_with_workers_and_images_of_one_transform(records):
         loader = eval_loader(records, transform, batch_size=5, workers=workers)
         for _ in range(2):
             assert all(map(same, plain, list(loader)))
-    image, _ = read_image(f"{records.root}/{records.paths[7]}")
+    image, _ = read_image(records.read(7), records.name(7))
     np.testing.assert_array_equal(plain[1].images[2].numpy(), transform(image))
     assert not plain[0].erase_boxes.any()
 
 
 def break_files(records, *which: int) -> list[str]:
-    paths = [f"{records.root}/{records.paths[i]}" for i in which]
+    paths = [records.location(i) for i in which]
     for path in paths:
         Path(path).write_bytes(Path(path).read_bytes()[:60])
     return paths
@@ -326,7 +326,7 @@ def test_skipping_in_evaluation_counts(records):
 
 
 def test_notes_reach_the_batch(records, make_picture):
-    make_picture(0).convert("CMYK").save(f"{records.root}/{records.paths[0]}", format="JPEG")
+    make_picture(0).convert("CMYK").save(records.location(0), format="JPEG")
     (batch,) = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), batch_size=50, workers=1)
     assert batch.notes[0] == Note.CMYK | Note.OTHER_FORMAT and not batch.notes[1:].any()
     assert batch.note_counts() == {"cmyk": 1, "other_format": 1}
@@ -335,7 +335,7 @@ def test_notes_reach_the_batch(records, make_picture):
 def test_orientation_is_applied_where_asked_for(records, make_picture):
     exif = Image.Exif()
     exif[0x0112] = 6
-    make_picture(0).save(f"{records.root}/{records.paths[0]}", exif=exif)
+    make_picture(0).save(records.location(0), exif=exif)
     transform = EvalTransform((16, 16), 1.0, "bicubic")
     upright = next(iter(eval_loader(records, transform, batch_size=1, exif="apply"))).images[0]
     np.testing.assert_array_equal(upright.numpy(), transform(make_picture(0).transpose(Image.Transpose.ROTATE_270)))

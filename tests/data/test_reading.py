@@ -14,9 +14,9 @@ from volo.config import AugmentConfig
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import TrainImages
 from volo.data.decode import UnreadableImage
+from volo.data.folders import scan_class_folders
 from volo.data.loader import TrainLoader, eval_loader, train_loader
 from volo.data.reading import WorkerFailed, _obituary, _Pass
-from volo.data.records import scan_class_folders
 
 TRANSFORM = TrainTransform(AugmentConfig(), (16, 24))
 
@@ -132,7 +132,7 @@ def test_workers_that_die_over_the_same_batch_again_and_again(records, monkeypat
 
     monkeypatch.setattr(TrainImages, "__getitem__", crash)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=23, workers=1, on_error="skip")
-    path = f"{records.root}/{records.paths[7]}"
+    path = records.location(7)
     with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {path} .3 times in a row, over the same batch.$"):
         next(loader.epoch(0))
     assert loader.lost_workers == 3
@@ -160,7 +160,7 @@ def test_an_error_of_our_own_in_a_worker_stays_what_it_is(records, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_after_it_was_listed(records, workers):
-    path = f"{records.root}/{records.paths[4]}"
+    path = records.location(4)
     Path(path).unlink()
     options = dict(seed=0, global_batch=23, workers=workers)
     with pytest.raises(UnreadableImage, match=f"^cannot read {path}: .*data.on_error"):
@@ -185,7 +185,7 @@ def test_storage_that_hangs_is_named(records, on_error):
     loader = train_loader(
         records, TRANSFORM, seed=0, global_batch=23, workers=2, on_error=on_error, timeout_seconds=1, epochs=1
     )
-    path = f"{records.root}/{records.paths[4]}"
+    path = records.location(4)
     told = f"^no batch of images came for 1 s .data.timeout_seconds.: process [0-9]+ at {path} is still reading"
     with hanging(loader, path), pytest.raises(WorkerFailed, match=told):
         next(loader.epoch(0))
@@ -196,7 +196,7 @@ def test_a_slow_batch_within_the_time_is_waited_for(records, monkeypatch):
     monkeypatch.setattr("volo.data.reading._POLL_SECONDS", 0.05)
     looks = threading.Semaphore(0)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=23, workers=1, timeout_seconds=60, epochs=1)
-    path = f"{records.root}/{records.paths[4]}"
+    path = records.location(4)
     content = Path(path).read_bytes()
     Path(path).unlink()
     os.mkfifo(path)

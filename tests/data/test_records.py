@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torchvision
 
-from volo.data.records import (
-    class_names,
-    folder_layout,
-    imagenet_classes,
-    scan_class_folders,
-    scan_flat,
-    split_folder,
-)
+from volo.config import DataConfig
+from volo.data.folders import FolderSplit, folder_layout, scan_class_folders, scan_flat
+from volo.data.formats import open_split
+from volo.data.records import class_names, imagenet_classes
+from volo.data.source import PackedNames
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -26,7 +23,7 @@ def test_imagenet_classes():
     classes = imagenet_classes()
     assert len(classes) == 1000 and classes[0] == "n01440764" and classes[999] == "n15075141"
     assert list(classes) == sorted(classes)
-    assert class_names("imagenet", "nowhere") == classes
+    assert class_names("imagenet") == classes
 
 
 def test_folders_are_listed_as_torchvision_lists_them(tmp_path):
@@ -38,23 +35,23 @@ def test_folders_are_listed_as_torchvision_lists_them(tmp_path):
         for path, label in torchvision.datasets.ImageFolder(str(tmp_path), allow_empty=True).samples
         if "/." not in path
     ]
-    classes = class_names("folders", str(tmp_path))
+    classes = class_names("folders", FolderSplit(str(tmp_path)))
     assert classes == ("N01", "n01", "n02", "n10")
     records = scan_class_folders(str(tmp_path), classes)
     offset = 1  # torchvision makes a class of the hidden folder
-    assert {(f"{tmp_path}/{p}", label + offset) for p, label in zip(records.paths, records.labels, strict=True)} == set(
+    assert {(f"{tmp_path}/{p}", label + offset) for p, label in zip(records.names, records.labels, strict=True)} == set(
         reference
     )
-    assert records.paths == sorted(records.paths) and records.labels.dtype == np.int64
+    assert list(records.names) == sorted(records.names) and records.labels.dtype == np.int64
     assert records.ignored == 1 and len(records) == 6 and records.classes == classes
 
 
 def test_numbered_folders_follow_their_number(tmp_path):
     touch(tmp_path, *(f"{i}/x.png" for i in range(12)))
-    classes = class_names("folders", str(tmp_path))
+    classes = class_names("folders", FolderSplit(str(tmp_path)))
     assert classes == tuple(str(i) for i in range(12))
     records = scan_class_folders(str(tmp_path), classes)
-    assert {path.split("/")[0]: label for path, label in zip(records.paths, records.labels, strict=True)} == {
+    assert {path.split("/")[0]: label for path, label in zip(records.names, records.labels, strict=True)} == {
         str(i): i for i in range(12)
     }
 
@@ -62,7 +59,7 @@ def test_numbered_folders_follow_their_number(tmp_path):
 def test_a_subset_of_the_classes_keeps_their_indices(tmp_path):
     touch(tmp_path, "n15075141/x.jpg", "n01443537/x.jpg")
     records = scan_class_folders(str(tmp_path), imagenet_classes())
-    assert dict(zip(records.paths, records.labels.tolist(), strict=True)) == {
+    assert dict(zip(records.names, records.labels.tolist(), strict=True)) == {
         "n01443537/x.jpg": 1,
         "n15075141/x.jpg": 999,
     }
@@ -91,36 +88,36 @@ def test_unknown_folders_are_never_mapped(tmp_path):
 def test_class_list_file(tmp_path):
     listing = tmp_path / "classes.txt"
     listing.write_text("dog\nsea cow\n\ncat\n")
-    assert class_names(str(listing), "nowhere") == ("dog", "sea cow", "cat")
+    assert class_names(str(listing)) == ("dog", "sea cow", "cat")
     listing.write_text("dog\ncat\ndog\n")
     with pytest.raises(ValueError, match="more than once: dog"):
-        class_names(str(listing), "nowhere")
+        class_names(str(listing))
     listing.write_text("dog\n")
     with pytest.raises(ValueError, match="only the class 'dog'.*at least two"):
-        class_names(str(listing), "nowhere")
+        class_names(str(listing))
     listing.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a text file"):
-        class_names(str(listing), "nowhere")
+        class_names(str(listing))
     with pytest.raises(ValueError, match="data.class_list is 'imagnet', which is not a file.*imagenet"):
-        class_names("imagnet", "nowhere")
+        class_names("imagnet")
 
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="data.root is '.*none'"):
-        split_folder(str(tmp_path / "none"), "train", "data.train_split")
+        open_split(DataConfig(str(tmp_path / "none")), "train", "data.train_split")
     with pytest.raises(ValueError, match="data.train_split is 'train'.*it holds nothing"):
-        split_folder(str(tmp_path), "train", "data.train_split")
+        open_split(DataConfig(str(tmp_path)), "train", "data.train_split")
     touch(tmp_path, "training/only/x.txt", "training/only/y.md")
     with pytest.raises(ValueError, match="it holds training"):
-        split_folder(str(tmp_path), "train", "data.train_split")
-    train = split_folder(str(tmp_path), "training", "data.train_split")
+        open_split(DataConfig(str(tmp_path)), "train", "data.train_split")
+    train = open_split(DataConfig(str(tmp_path)), "training", "data.train_split").place
     with pytest.raises(ValueError, match="holds only the class 'only'"):
-        class_names("folders", train)
+        class_names("folders", FolderSplit(train))
     with pytest.raises(ValueError, match=r"no image \(.jpg.*2 files with other suffixes .*only/x.txt"):
         scan_class_folders(train, ("only", "other"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no class"):
-        class_names("folders", str(tmp_path / "empty"))
+        class_names("folders", FolderSplit(str(tmp_path / "empty")))
     with pytest.raises(ValueError, match="no class folders"):
         scan_class_folders(str(tmp_path / "empty"), ("a", "b"))
     with pytest.raises(ValueError, match="is not a folder"):
@@ -136,7 +133,7 @@ def test_images_outside_class_folders_are_not_lost(tmp_path):
 def test_dead_links_are_listed_so_that_reading_names_them(tmp_path):
     touch(tmp_path, "a/x.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
-    assert scan_class_folders(str(tmp_path), ("a", "b")).paths == ["a/gone.png", "a/x.png"]
+    assert scan_class_folders(str(tmp_path), ("a", "b")).names == PackedNames.of(["a/gone.png", "a/x.png"])
 
 
 FLAT = ["val_1.JPEG", "val_2.JPEG", "val_3.JPEG"]
@@ -155,7 +152,7 @@ def test_flat_folder(tmp_path, text):
     touch(tmp_path, *FLAT, ".hidden.JPEG")
     (tmp_path / "labels.txt").write_text(text)
     records = scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
-    assert records.paths == FLAT and records.labels.tolist() == [0, 1, 2] and records.ignored == 1
+    assert list(records.names) == FLAT and records.labels.tolist() == [0, 1, 2] and records.ignored == 1
 
 
 def test_flat_folder_labels_that_are_names_and_numbers(tmp_path):

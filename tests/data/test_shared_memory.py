@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from volo.data import shared_memory
 from volo.data.records import ImageRecords
 from volo.data.shared_memory import ReadAhead, lacking_room
+from volo.data.source import FolderSource, PackedNames
 from volo.prepare import BatchPlan, require_shared_memory
 
 MB = 10**6
@@ -70,7 +71,9 @@ def test_it_is_found_before_the_first_step(free, tiny_config):
     config = tiny_config(data={"workers": 3}, train={"batch_size": 4}, eval={"batch_size": 2})
     one = 3 * 32 * 32 + 64
     needed = 8 * 4 * one + (2 * 2 + 2) * 2 * one  # training with three workers, two evaluation batches for two
-    val = ImageRecords("", ["a/1.png", "a/2.png", "a/3.png"], np.zeros(3, dtype=np.int64), ("a", "b"))
+    val = ImageRecords(
+        FolderSource("", PackedNames.of(["a/1.png", "a/2.png", "a/3.png"])), np.zeros(3, dtype=np.int64), ("a", "b")
+    )
     plan = BatchPlan.of(config, 1)
     free(needed)
     require_shared_memory(config, plan, val)

@@ -21,7 +21,7 @@ from PIL import Image
 from programs import FAILED, ROOT, STOPPED, USAGE
 from torch import nn
 
-from volo.data.records import scan_class_folders
+from volo.data.folders import scan_class_folders
 from volo.models import create_model, load_checkpoint
 from volo.program import DONE, UsageError
 from volo.token_labels.blocks import BlockFolder

@@ -5,7 +5,6 @@ alone; so any worker of any rank gives the same sample. B is the number of image
 and width, N is the number of images of the data set.
 """
 
-import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,10 +119,7 @@ class _Images(torch.utils.data.Dataset):
     """Files, labels and how to read one."""
 
     def __init__(self, records: ImageRecords, exif: str):
-        self.root = records.root
-        # One array rather than a list: a million Python strings would be copied into every worker as their
-        # reference counts are touched.
-        self.paths = np.array([os.fsencode(path) for path in records.paths])
+        self.records = records
         self.labels = records.labels
         self.exif = exif
 
@@ -132,10 +128,10 @@ class _Images(torch.utils.data.Dataset):
 
     def name(self, index: int) -> str:
         """Return what image ``index`` goes by in messages."""
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        return self.records.location(index)
 
     def read(self, index: int):
-        return read_image(self.name(index), self.exif)
+        return read_image(self.records.read(index), self.name(index), self.exif)
 
 
 class TrainImages(_Images):

@@ -1,9 +1,10 @@
-"""Image files to 8-bit RGB, and what was unusual about each of them.
+"""Contents of image files to 8-bit RGB, and what was unusual about each of them.
 
 The content of a file decides how it is read, not its suffix: the ImageNet training set holds a PNG named .JPEG
 and two dozen CMYK files. Whatever Pillow cannot turn into pixels becomes one exception with one line of text.
 """
 
+import io
 import os
 from collections.abc import Iterable
 from enum import IntFlag
@@ -54,27 +55,28 @@ class Note(IntFlag):
     OTHER_FORMAT = 64  # the content is not what the suffix says
 
 
-def read_image(path: str, exif: str = "ignore") -> tuple[Image.Image, Note]:
-    """Read one file as an RGB image, and say what was unusual about it.
+def read_image(data: bytes, name: str, exif: str = "ignore") -> tuple[Image.Image, Note]:
+    """Decode the content of one file to an RGB image, and say what was unusual about it.
 
     CMYK, palette and transparent images become RGB by Pillow's ``convert("RGB")``, as in the published code.
 
     Args:
-        path: The file.
+        data: The content.
+        name: Path of the file, for messages; its suffix says what the content should be.
         exif: "ignore" takes the pixels as they are stored, as the published code does; "apply" turns the image
             upright by its EXIF orientation tag.
 
     Raises:
-        UnreadableImage: Missing, empty, truncated or no image at all; more pixels than Pillow's limit against
+        UnreadableImage: Empty, truncated or no image at all; more pixels than Pillow's limit against
             decompression bombs; or sample values without a known scale (floats, 32-bit integers).
     """
     try:
-        with open(path, "rb") as file, Image.open(file, formats=_READ_FORMATS) as image:
-            return _to_rgb(image, os.path.splitext(path)[1].lower(), exif)
+        with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+            return _to_rgb(image, os.path.splitext(name)[1].lower(), exif)
     except MemoryError:  # says something about the machine, nothing about the file
         raise
     except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on broken bytes
-        raise UnreadableImage(f"cannot read {path}: {_reason(path, error)}") from error
+        raise UnreadableImage(f"cannot read {name}: {_reason(data, error)}") from error
 
 
 def count_notes(notes: Iterable[int]) -> dict[str, int]:
@@ -130,13 +132,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(data: bytes, error: Exception) -> str:
     """One line on why a file cannot be read."""
     if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
-            return "the file is empty"
-        with open(path, "rb") as file:
-            return f"not an image (it begins with {file.read(12)!r})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return f"not an image (it begins with {data[:12]!r})" if data else "the file is empty"
     return " ".join(str(error).split()) or type(error).__name__

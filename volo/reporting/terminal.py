@@ -62,22 +62,30 @@ class Progress:
         enabled: False makes every method do nothing, for the ranks that do not report.
         log_every: Steps between two lines; the last step always has one.
         done: Steps that were made before, where a run resumes inside the loop.
+        delay: Seconds before anything is shown: a loop that is over by then needs no words.
     """
 
-    def __init__(self, total: int, title: str, enabled: bool = True, log_every: int = 50, done: int = 0):
+    def __init__(
+        self, total: int, title: str, enabled: bool = True, log_every: int = 50, done: int = 0, delay: float = 0
+    ):
         self._total, self._title, self._log_every = total, title, log_every
         self._enabled = enabled
         self._first = self._done = done
         self._start = time.perf_counter()
+        self._delay = delay
         self._bar = None
         if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=title, initial=done, file=sys.stderr, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(
+                total=total, desc=title, initial=done, file=sys.stderr, dynamic_ncols=True, leave=False, delay=delay
+            )
 
     def update(self, n: int = 1, **shown: float | str) -> None:
         """Count ``n`` more steps and show the named values, as in ``update(1, loss=6.9, images_per_s=800)``."""
         if not self._enabled:
             return
         before, self._done = self._done, self._done + n
+        if self._bar is None and time.perf_counter() - self._start < self._delay:
+            return
         texts = {name.replace("_per_", "/"): _short(value) for name, value in shown.items()}
         if self._bar is not None:
             self._bar.set_postfix(texts, refresh=False)

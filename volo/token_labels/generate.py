@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from volo import distributed
-from volo.data.records import ImageRecords, class_names, folder_layout, scan_class_folders
+from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
+from volo.data.records import ImageRecords, class_names
 from volo.distributed import World, worker_count
 from volo.models import read_checkpoint
 from volo.precision import Precision
@@ -94,7 +95,7 @@ def find_images(options: GenerateOptions) -> ImageRecords:
         raise ValueError(f"--images is {options.images!r}, which is not a folder")
     if options.teacher_checkpoint and not os.path.isfile(options.teacher_checkpoint):
         raise ValueError(f"--teacher_checkpoint is {options.teacher_checkpoint!r}, which is not a file")
-    classes = class_names(options.class_list, options.images)
+    classes = class_names(options.class_list, FolderSplit(options.images))
     records = scan_class_folders(options.images, classes, folder_layout(options.images, classes))
     require_storable(options.format, records)
     return records
@@ -128,7 +129,7 @@ def identity(
     options: GenerateOptions, records: ImageRecords, teacher: Teacher, precision: Precision
 ) -> dict[str, str | int]:
     """Return all that the labels depend on: what a run that goes on must have in common with the one before."""
-    images = hashlib.sha256("\n".join(records.paths).encode("utf-8", "surrogateescape"))
+    images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
     images.update(records.labels.tobytes())
     classes = hashlib.sha256("\n".join(records.classes).encode())
     return {

@@ -55,7 +55,7 @@ def require_storable(layout: str, records: ImageRecords) -> None:
         )
     name_of = published_name if layout == "published" else label_key
     owner: dict[str, str] = {}
-    for path in records.paths:
+    for path in records.names:
         other = owner.setdefault(name_of(path), path)
         if other != path:
             raise ValueError(
@@ -84,7 +84,7 @@ def write_output(
             block = folder.read(number)
             counts[:] += (len(block.labels), *block.correct)
             skipped.extend(block.skipped.values())
-            yield from ((records.paths[index], label) for index, label in block.labels)
+            yield from ((records.name(index), label) for index, label in block.labels)
             progress.update(1)
         if not counts[0]:
             raise ValueError(f"none of the {len(skipped)} images could be read, so there is no label. {skipped[0]}")

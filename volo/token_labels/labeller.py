@@ -129,7 +129,7 @@ class Labeller:
         classes = np.ascontiguousarray(labelled.classes.cpu().numpy())
         finite = np.isfinite(scores).all((1, 2, 3))
         if not finite.all():
-            path = self.records.paths[labelled.indices[int(np.argmin(finite))]]
+            path = self.records.name(labelled.indices[int(np.argmin(finite))])
             raise ValueError(
                 f"the teacher's scores of {path} are not finite, or beyond float16; try --precision fp32, and see "
                 "that the weights are those of this teacher"

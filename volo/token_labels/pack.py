@@ -91,7 +91,7 @@ def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tu
     elif not Path(class_list).is_file():
         raise ValueError(f'--class_list is {class_list!r}; it takes "imagenet" or a text file, one class name a line')
     else:
-        classes = class_names(class_list, "")
+        classes = class_names(class_list)
     if num_classes not in (None, len(classes)):
         raise ValueError(
             f"--num_classes is {num_classes:,}, but --class_list {class_list} names {len(classes):,} classes; give "

@@ -1,5 +1,7 @@
 """The label maps of a list of images: which entry belongs to which image, and how it is read."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from volo.data.augment import Plan
@@ -13,7 +15,7 @@ class LabelSource:
 
     Args:
         root: A packed store or a folder in the published layout.
-        paths: Path of each image below its folder.
+        names: Name of each image, as :class:`volo.data.source.Source` has it.
         classes: Class names in index order.
         grid: (rows, columns) of the network's final token grid.
         geometry: "aligned" or "reference".
@@ -26,7 +28,7 @@ class LabelSource:
     def __init__(
         self,
         root: str,
-        paths: list[str],
+        names: Iterable[str],
         classes: tuple[str, ...],
         grid: tuple[int, int],
         geometry: str,
@@ -40,7 +42,7 @@ class LabelSource:
                     "it with scripts/pack_token_labels.py, which reads and checks every one"
                 )
             self.labels.verify_checksums()
-        self.entries: np.ndarray = check_covers(self.labels, [label_key(path) for path in paths], len(classes), classes)
+        self.entries: np.ndarray = check_covers(self.labels, [label_key(name) for name in names], len(classes), classes)
         self.grid = grid
         self.geometry = geometry
 

@@ -5,7 +5,6 @@ takes an open file of both.
 """
 
 import math
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -87,17 +86,14 @@ class _Images(Dataset):
     """(index, pixels or None, why not) by index."""
 
     def __init__(self, records: ImageRecords, teacher_input: TeacherInput, geometry: str, exif: str):
-        self.root = records.root
-        # One array rather than a list: a million Python strings would be copied into every worker as their
-        # reference counts are touched.
-        self.paths = np.array([os.fsencode(path) for path in records.paths])
+        self.records = records
         self.input = teacher_input
         self.geometry = geometry
         self.exif = exif
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, str]:
         try:
-            image, _ = read_image(os.path.join(self.root, os.fsdecode(self.paths[index])), self.exif)
+            image, _ = read_image(self.records.read(index), self.records.location(index), self.exif)
         except UnreadableImage as error:
             return index, None, str(error)
         return index, self.input.prepare(image, self.geometry), ""

@@ -1,0 +1,84 @@
+"""The development kit of ILSVRC2012: which synset each of the 50,000 validation images shows.
+
+The kit, ILSVRC2012_devkit_t12.tar.gz or the folder unpacked from it, says so in two files: data/meta.mat (number and
+synset, "WNID", of each class; numbers up to 1,000 are the classes of the challenge) and
+data/ILSVRC2012_validation_ground_truth.txt (the number of image 1, of image 2, ...).
+"""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
+_META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+
+
+def is_devkit(path: str) -> bool:
+    """Tell whether ``path`` is a development kit rather than a labels file: a folder, or a tar archive."""
+    return os.path.isdir(path) or path.endswith((".tar.gz", ".tgz", ".tar"))
+
+
+def validation_synsets(names: Iterable[str], devkit: str) -> list[str]:
+    """Return the synset of each official validation file, by the number in its name.
+
+    Raises ValueError where the kit is not whole, or an image has another name.
+    """
+    truth = ground_truth(devkit)
+    synsets = []
+    for name in names:
+        found = _NAME.fullmatch(name.rsplit("/", 1)[-1])
+        if not found or not 1 <= int(found[1]) <= len(truth):
+            raise ValueError(
+                f"{devkit} has labels of ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG, and "
+                f"there is an image {name}: give a labels file with data.val_labels instead"
+            )
+        synsets.append(truth[int(found[1]) - 1])
+    return synsets
+
+
+def ground_truth(devkit: str) -> list[str]:
+    """Return the synset of validation image 1, 2, ...; ValueError where the kit is not whole."""
+    files = _read(devkit, (_META, _TRUTH))
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ValueError(f"reading {devkit} needs the package scipy: pip install scipy") from error
+    try:
+        meta = loadmat(io.BytesIO(files[_META]), squeeze_me=True)["synsets"]
+        synset_of = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in meta}
+        return [synset_of[int(number)] for number in files[_TRUTH].split()]
+    except (ValueError, LookupError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{devkit} is not the development kit of ILSVRC2012 ({_META} or {_TRUTH} is not as it should be: "
+            f"{type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(devkit: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the content of the files whose paths end with each of ``wanted``."""
+    found: dict[str, bytes] = {}
+    if os.path.isdir(devkit):
+        for file in Path(devkit).rglob("*"):
+            found |= {name: file.read_bytes() for name in wanted if file.as_posix().endswith(name)}
+    else:
+        try:
+            with tarfile.open(devkit) as archive:
+                for member in archive:
+                    for name in wanted:
+                        if member.isfile() and member.name.endswith(name):
+                            found[name] = archive.extractfile(member).read()
+        except FileNotFoundError as error:
+            raise ValueError(f"data.val_labels is {devkit!r}, which is not a file") from error
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise ValueError(f"{devkit} cannot be read ({error}); copy it again") from error
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{devkit} has no {' and no '.join(missing)}: give the development kit of tasks 1 and 2 ({ARCHIVE}), or "
+            "the folder unpacked from it"
+        )
+    return found
