@@ -6,7 +6,7 @@ from processes import run_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from volo.losses import LossTerms
-from volo.window import Window
+from volo.window import Pace, Window, _CudaMark
 
 CPU = torch.device("cpu")
 
@@ -28,8 +28,17 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-def test_means_and_rates_by_hand(clock):
+@pytest.fixture
+def started(clock) -> Window:
+    """A window that has its first wait behind it."""
     window = Window(CPU)
+    with window.waiting():
+        clock.now += 60.0  # of workers that start
+    return window
+
+
+def test_means_and_rates_by_hand(clock, started):
+    window = started
     for total in (1.0, 2.0, 6.0):
         with window.waiting():
             clock.now += 0.5
@@ -39,6 +48,7 @@ def test_means_and_rates_by_hand(clock):
     window.grad_norm = torch.tensor(0.25)
     expected = {"loss": 3.0, "loss_cls": 1.5, "loss_dense": 30.0, "grad_norm": 0.25}
     assert window.close() == pytest.approx(expected | {"images_per_s": 4.0, "data_wait": 0.25})
+    assert window.pace == Pace(images=24, seconds=6.0, waited=1.5)
 
     clock.now += 1.0
     window.add_losses(terms(7.0), step=1)
@@ -48,8 +58,55 @@ def test_means_and_rates_by_hand(clock):
     ), "nothing is left of the window before"
 
 
-def test_what_is_no_training_is_left_out_of_the_rates(clock):
+class Stream:
+    """A CUDA stream with one clock of the host and one of the device, and the events of torch.cuda."""
+
+    def __init__(self):
+        self.host = self.device = 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.device = max(self.device, self.host) + seconds
+
+    def event(self, enable_timing: bool):
+        assert enable_timing
+        stream = self
+
+        class Event:
+            def record(self):
+                self.at = max(stream.device, stream.host)
+
+            def elapsed_time(self, other):
+                return 1000 * (other.at - self.at)
+
+        return Event()
+
+
+@pytest.mark.parametrize(
+    ("reading", "computing", "waited"),
+    [
+        (0.0, 3.0, 0.0),
+        (2.0, 3.0, 0.0),  # hidden behind what is queued
+        (4.0, 3.0, 2.0),  # one second in each of two steps
+    ],
+)
+def test_on_cuda_only_an_idle_device_waits(monkeypatch, clock, reading, computing, waited):
+    """The host is free at once after it launched a step, and waits for images while the device computes."""
+    stream = Stream()
+    monkeypatch.setattr("torch.cuda.Event", stream.event)
     window = Window(CPU)
+    window._mark = _CudaMark
+    for step in range(3):
+        with window.waiting():
+            stream.host += reading
+        stream.launch(computing)
+        window.add_losses(terms(1.0), step)
+    clock.now += 12.0
+    window.count_images(6)
+    assert window.close()["data_wait"] == pytest.approx(waited / 12)
+
+
+def test_what_is_no_training_is_left_out_of_the_rates(clock, started):
+    window = started
     clock.now += 1000.0  # an evaluation
     window.restart_clock()
     clock.now += 2.0

@@ -111,7 +111,10 @@ class DataConfig:
             (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
         workers: Processes that read images, for each process that trains; by default one a core, up to 8.
         on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
-            another image, drawn from seed, epoch and index, takes its place).
+            another image, drawn from seed, epoch and index, takes its place). Likewise a worker that dies: with
+            "skip" others take over at the batch that is due, which changes nothing in the run.
+        timeout_seconds: Longest wait for a batch from the workers (a network file system may hang for ever); 0 for
+            no limit.
         exif: "ignore" orientation tags, as the published code does, or "apply" them.
         cache: Folder that keeps listings of folders and indices of archives, so that a million files are listed
             once; "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" keeps none. A listing is made again where a
@@ -127,12 +130,14 @@ class DataConfig:
     class_list: str = "folders"
     workers: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
+    timeout_seconds: float = 600.0
     exif: Literal["ignore", "apply"] = "ignore"
     cache: str = "auto"
     relist: bool = False
 
     def __post_init__(self):
         _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}; 0 or more")
+        _require(self.timeout_seconds >= 0, f"data.timeout_seconds is {self.timeout_seconds}; 0 or more")
 
 
 @dataclass(frozen=True)

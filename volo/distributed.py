@@ -65,8 +65,17 @@ def worker_count(asked: int | None) -> int:
     """Return how many processes read images for this one: as ``asked``, else its share of the cores, 1 to 8."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+    return min(max(usable_cores() // processes_here(), 1), 8)
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes_here() -> int:
+    """Return how many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def initialise(device_choice: str = "auto") -> World:

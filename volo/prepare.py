@@ -17,7 +17,8 @@ from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.formats import open_split
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from volo.data.records import ImageRecords, class_names
-from volo.distributed import World, worker_count
+from volo.data.shared_memory import ReadAhead, lacking_room
+from volo.distributed import World, processes_here, worker_count
 from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
@@ -144,6 +145,8 @@ def make_train_loader(
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
+        timeout_seconds=config.data.timeout_seconds,
+        epochs=config.schedule.total_epochs,
         token_labels=token_labels,
     )
 
@@ -160,7 +163,31 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
         on_error=config.data.on_error,
         exif=config.data.exif,
         pin_memory=world.device.type == "cuda",
+        timeout_seconds=config.data.timeout_seconds,
     )
+
+
+def require_shared_memory(config: Config, plan: BatchPlan | None, val: ImageRecords | None) -> None:
+    """Raise ValueError, on every rank, where a machine's /dev/shm has no room for the batches that are read ahead.
+
+    Args:
+        config: The options. Label maps are taken to need as much as the pixels; it is less.
+        plan: The training batches, None where nothing is trained.
+        val: The images to evaluate on, if any.
+    """
+    height, width = config.model.image_hw
+    image_bytes = 3 * height * width + 64
+    workers = worker_count(config.data.workers)
+    loaders = []
+    if plan is not None:
+        labelled = 2 if config.token_label.root is not None else 1
+        loaders.append(ReadAhead(workers, plan.micro_size * image_bytes * labelled))
+    if val is not None:
+        size = min(config.eval.batch_size, len(val))
+        loaders.append(ReadAhead(min(workers, -(-len(val) // size)), size * image_bytes))
+    problem = lacking_room(loaders, processes_here()) if loaders else None
+    if problems := distributed.gather_lists([problem] if problem else []):
+        raise ValueError(problems[0])
 
 
 def default_name(config: Config) -> str:

@@ -13,7 +13,15 @@ from volo.data.augment import TrainTransform
 from volo.distributed import World
 from volo.optim import check_optimizer
 from volo.precision import Precision
-from volo.prepare import BatchPlan, RunFolder, check_same_images, git_revision, load_splits, require_start
+from volo.prepare import (
+    BatchPlan,
+    RunFolder,
+    check_same_images,
+    git_revision,
+    load_splits,
+    require_shared_memory,
+    require_start,
+)
 from volo.program import DONE, STOPPED, checking_usage
 from volo.published import published_top1
 from volo.reporting import plot_curves, setup_logging, text_table
@@ -36,6 +44,7 @@ def run_training(config: Config) -> int:
         path, state = find_checkpoint(run, config, world)
         if state is not None:
             check_same_images(state, splits, config.train.batch_size)
+        require_shared_memory(config, BatchPlan.of(config, world.size), splits.val)
         trainer = Trainer(config, world, run, splits, state)
         distributed.on_main(lambda: run.write_config(config))
     _logger.info("%s", describe(trainer))
@@ -46,6 +55,12 @@ def run_training(config: Config) -> int:
     trainer.show_batch()
     finished = trainer.fit()
     trainer.writer.close()
+    replaced_images, replaced_workers = trainer.replaced()
+    if replaced_images or replaced_workers:
+        _logger.warning(
+            "replaced since the start: images that cannot be used %d times, reading processes that died %d times",
+            *(replaced_images, replaced_workers),
+        )
     if world.is_main:
         if run.metrics.exists():  # not where the run was stopped before its first step
             plot_curves(run.metrics, run.curves, title=run.path.name)
@@ -118,8 +133,6 @@ def closing_words(trainer: Trainer) -> str:
     """Return the last lines of a finished run: result, pictures, next command."""
     run, config, progress = trainer.run, trainer.config, trainer.progress
     lines = [f"finished: {progress.epoch} epochs, {progress.global_step:,} steps"]
-    if trainer.replaced:
-        lines.append(f"{trainer.replaced:,} times another image took the place of one that cannot be used: see above")
     if trainer.splits.val is not None:
         row = ["best top-1 %", f"{progress.best_top1:.2f}", f"epoch {progress.best_epoch}, {trainer.evaluated_weights}"]
         rows = [row]

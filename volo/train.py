@@ -12,11 +12,12 @@ import math
 from torch import nn
 
 from volo import distributed
+from volo.bottleneck import LoaderVerdict
 from volo.checkpoint import Progress
 from volo.cli import config_to_dict
 from volo.config import Config
 from volo.data.decode import UnreadableImage
-from volo.distributed import World
+from volo.distributed import World, processes_here, usable_cores, worker_count
 from volo.evaluate import Accuracy, evaluate
 from volo.optim import learning_rate
 from volo.prepare import (
@@ -56,7 +57,6 @@ class Trainer:
         self.token_labels = open_token_labels(config, splits, self.learner.grid, world.is_main)
         self.loader = make_train_loader(config, splits.train, world, self.plan, self.token_labels)
         self.failures: list[str] = []
-        self.replaced = 0
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)
         # A run that was killed before its first checkpoint starts over, and so do its records.
@@ -64,6 +64,8 @@ class Trainer:
         redone = "val/top1" if self._epoch_is_open else None
         self.writer.truncate_after(self.progress.global_step if state is not None else -1, redone)
         self.window = Window(world.device)
+        self.verdict = LoaderVerdict(worker_count(config.data.workers), processes_here(), usable_cores())
+        self.replaced_images = 0  # since this process started
         self.stop = StopRequest()
         self.stop_vote = distributed.StopVote()
 
@@ -123,6 +125,7 @@ class Trainer:
             progress.global_step += 1
             if progress.step % log_every == 0 or progress.step == self.steps_per_epoch:
                 shown = self._log(lr)
+                shown["data_wait"] = f"{100 * shown['data_wait']:.0f}%"
             bar.update(1, **shown)
             stopping = self.stop_vote(self.stop.requested)
         bar.close()
@@ -222,10 +225,13 @@ class Trainer:
         means = {**self.window.close(), "lr": lr}
         epoch = progress.global_step / self.steps_per_epoch
         self.writer.scalars(progress.global_step, epoch, **{f"train/{name}": value for name, value in means.items()})
-        for failure in distributed.gather_lists(self.failures):
-            self.replaced += 1
+        failures = distributed.gather_lists(self.failures)
+        for failure in failures:
             _logger.warning("another image took the place of one that cannot be used: %s", failure)
+        self.replaced_images += len(failures)
         self.failures = []
+        if verdict := self.verdict(self.window.pace):
+            _logger.warning("%s", verdict)
         return means
 
     def _check_finite(self) -> None:
@@ -242,6 +248,10 @@ class Trainer:
             f"{self._learning_rate(step - 1):.3g}; {kept or 'no checkpoint was saved yet'}. A lower optim.lr, "
             "optim.clip_grad 1.0 or train.precision fp32 may help"
         )
+
+    def replaced(self) -> tuple[int, int]:
+        """Return how many images that cannot be used, and how many reading processes, were replaced since the start."""
+        return self.replaced_images, int(distributed.sum_over_ranks([self.loader.lost_workers])[0])
 
     def show_batch(self) -> None:
         """Draw the first images that are due, as the network gets them, into batch.png and TensorBoard."""

@@ -22,7 +22,7 @@ from volo.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 from volo.models import load_checkpoint
 from volo.models.weights import LoadReport, read_checkpoint
 from volo.precision import Precision
-from volo.prepare import load_val, make_eval_loader, require_classes
+from volo.prepare import load_val, make_eval_loader, require_classes, require_shared_memory
 from volo.program import DONE, UsageError, checking_usage
 from volo.published import published_top1
 from volo.reporting import Progress, setup_logging, text_table, write_results
@@ -85,6 +85,8 @@ def run_validation(config: Config, options: Options) -> int:
         model = build_model(config.model)
         report, classes = load_weights(model, options)
         datasets = distributed.on_main(lambda: find_datasets(config, options, classes))
+        for dataset in datasets:
+            require_shared_memory(config, None, dataset.records)
         kernel = model.to(world.device).set_kernel(config.train.kernel)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -1,7 +1,5 @@
 """Order, sharding and workers: every sample where it belongs, whatever the number of processes."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +93,11 @@ def test_what_cannot_be_shared_out_is_named():
         EpochBatches(80, 0, 8, world_size=3)
 
 
+FIELDS = ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes")
+
+
 def same(a: Batch, b: Batch) -> bool:
-    fields = ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes")
-    return a.failures == b.failures and all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields)
+    return a.failures == b.failures and all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
 
 
 @pytest.fixture
@@ -140,6 +140,85 @@ def test_a_batch_is_what_its_keys_say(records):
             np.testing.assert_array_equal(batch.images[row].numpy(), TRANSFORM.apply(image, plan))
             assert tuple(batch.erase_boxes[row].tolist()) == plan.erase and batch.notes[row] == notes == 0
             assert batch.noise_seeds[row] == torch_seed(5, "erase", 2, index)
+
+
+WITH_ERASING = TrainTransform(AugmentConfig(erase_prob=0.7), (16, 24))
+
+
+def steps_of(records, worlds: int, micro_batches: int, workers: int) -> list[dict[int, dict]]:
+    """Return, for each step of epoch 1, every sample that any rank sees: all that is known of it, by its index."""
+    steps = [{}, {}]
+    for rank in range(worlds):
+        loader = train_loader(
+            records,
+            WITH_ERASING,
+            seed=8,
+            global_batch=12,
+            world_size=worlds,
+            rank=rank,
+            micro_batches=micro_batches,
+            workers=workers,
+            epochs=2,
+        )
+        for number, batch in enumerate(loader.epoch(1)):
+            for row, index in enumerate(batch.indices.tolist()):
+                step = steps[number // micro_batches]
+                assert index not in step, "no sample is seen twice"
+                step[index] = {name: getattr(batch, name)[row] for name in FIELDS}
+    return steps
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize(("worlds", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 4)])
+def test_a_step_sees_the_same_samples_to_the_pixel(make_folder, worlds, micro_batches, workers):
+    """Pixels after augmentation, labels, erase boxes and the noise in them: whoever reads them, and with how many."""
+    records = scan_class_folders(make_folder({"a": 9, "b": 9, "c": 8}), ("a", "b", "c"))  # two steps, two left out
+    expected = steps_of(records, worlds=1, micro_batches=1, workers=0)
+    found = steps_of(records, worlds, micro_batches, workers)
+    assert any(sample["erase_boxes"].any() for sample in expected[0].values())
+    for step, other in zip(expected, found, strict=True):
+        assert len(step) == 12 and step.keys() == other.keys()
+        for index, sample in step.items():
+            assert all(torch.equal(sample[name], other[index][name]) for name in FIELDS), index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("epoch", "start"), [(0, 2), (1, 1), (1, 4)])
+def test_what_was_skipped_is_not_read(records, monkeypatch, tmp_path, workers, epoch, start):
+    """Going on in the middle of an epoch reads the samples that are due, each once, and no other."""
+    read = tmp_path / "read"
+    get = TrainImages.__getitem__
+
+    def noted(self, key):
+        with open(read, "a") as file:  # appended to by every worker
+            print(*key, file=file)
+        return get(self, key)
+
+    monkeypatch.setattr(TrainImages, "__getitem__", noted)
+    options = dict(seed=5, global_batch=4, micro_batches=2)
+    loader = train_loader(records, TRANSFORM, workers=workers, epochs=2, **options)
+    if start == 2:  # as a run does that draws its first batch
+        assert len(loader.peek(epoch, start, 1)) == 1
+    late = list(loader.epoch(epoch, start_step=start))
+    if epoch == 0:
+        late += loader.epoch(1)
+    due = [tuple(key) for keys in EpochBatches(23, **options).keys(epoch, start) for key in keys]
+    if epoch == 0:
+        due += [tuple(key) for keys in EpochBatches(23, **options).keys(1) for key in keys]
+    assert [index for batch in late for index in batch.indices.tolist()] == [index for _, index in due]
+    assert sorted(tuple(map(int, line.split())) for line in read.read_text().splitlines()) == sorted(due)
+
+
+def test_peeking_gives_the_head_of_the_batch_that_is_due(records):
+    loader = train_loader(records, TRANSFORM, seed=1, global_batch=6, workers=1)
+    whole = list(loader.epoch(0))
+    for most in (1, 5, 6, 7):
+        head = loader.peek(0, 1, most)
+        assert len(head) == min(most, 6)
+        assert all(torch.equal(getattr(head, name), getattr(whole[1], name)[:most]) for name in FIELDS)
+    assert all(map(same, loader.epoch(0, 1), whole[1:]))
+    loader.peek(0, 1, 1)
+    assert all(map(same, loader.epoch(0), whole)), "another place than the one peeked at"
 
 
 def test_ranks_share_out_a_step(records):
@@ -262,26 +341,3 @@ def test_orientation_is_applied_where_asked_for(records, make_picture):
     np.testing.assert_array_equal(upright.numpy(), transform(make_picture(0).transpose(Image.Transpose.ROTATE_270)))
     stored = next(iter(eval_loader(records, transform, batch_size=1))).images[0]
     np.testing.assert_array_equal(stored.numpy(), transform(make_picture(0)))
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_workers_outlive_the_signal_to_stop(records, sent):
-    """A signal to the whole process group must not take the batches of the step under way."""
-    loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=1)
-    batches = loader.epoch(0)
-    first = next(batches)
-    (worker,) = loader._loader._iterator._workers
-    os.kill(worker.pid, sent)
-    rest = list(batches)
-    assert len(first) == 1 and len(rest) == 22 and worker.is_alive()
-
-
-def test_a_worker_that_dies_is_an_error(records):
-    loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=1)
-    batches = loader.epoch(0)
-    next(batches)
-    (worker,) = loader._loader._iterator._workers
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
-        list(batches)

@@ -83,6 +83,12 @@ class Batch:
             self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), token_labels=token_labels
         )
 
+    def head(self, most: int) -> "Batch":
+        """Return its first ``most`` images, or all where there are fewer; the failures stay those of the whole."""
+        names = ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes")
+        token_labels = self.token_labels and self.token_labels.map(lambda tensor: tensor[:most])
+        return replace(self, **{name: getattr(self, name)[:most] for name in names}, token_labels=token_labels)
+
     def note_counts(self) -> dict[str, int]:
         """Count how many images carry each note; notes that do not occur are left out."""
         return count_notes(self.notes.tolist())
@@ -120,8 +126,12 @@ class _Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """Return what image ``index`` goes by in messages."""
+        return self.records.location(index)
+
     def read(self, index: int):
-        return read_image(self.records.read(index), self.records.location(index), self.exif)
+        return read_image(self.records.read(index), self.name(index), self.exif)
 
 
 class TrainImages(_Images):

@@ -6,26 +6,21 @@ cut into M*R equal chunks, and micro-batch m of rank r is chunk m*R + r. What on
 the same for any number of ranks.
 """
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from volo.data.augment import EvalTransform, TrainTransform
-from volo.data.dataset import Batch, EvalImages, TrainImages, collate
+from volo.data.dataset import Batch, EvalImages, TrainImages
 from volo.data.decode import UnreadableImage
+from volo.data.reading import BatchReader
 from volo.data.records import ImageRecords
 from volo.rng import generator
 from volo.token_labels.source import LabelSource
 
 __all__ = ["Batch", "EpochBatches", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
-
-_PREFETCHED_BATCHES = 2  # a worker
-_GRACE_SECONDS = 60
 
 
 class EpochBatches:
@@ -100,27 +95,43 @@ class EpochBatches:
             for mine in chunks[self.rank :: self.world_size]:
                 yield [(epoch, int(index)) for index in mine]
 
+    @property
+    def passes_per_epoch(self) -> int:
+        """Micro-batches of an epoch, of this rank."""
+        return self.steps_per_epoch * self.micro_batches
 
-class _From:
-    """The batch sampler of a DataLoader whose workers outlive the epoch: ``keys`` from a place that can be set."""
-
-    def __init__(self, batches: EpochBatches):
-        self.batches = batches
-        self.place = (0, 0)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.batches.keys(*self.place)
+    def keys_from(self, number: int, epochs: int | None) -> Iterator[list[tuple[int, int]]]:
+        """Yield the keys of micro-batch ``number``, counted from epoch 0, and of all after it, over ``epochs``."""
+        epoch, passed = divmod(number, self.passes_per_epoch)
+        step, micro = divmod(passed, self.micro_batches)
+        yield from islice(self.keys(epoch, step), micro, None)
+        for later in count(epoch + 1) if epochs is None else range(epoch + 1, epochs):
+            yield from self.keys(later)
 
 
 class TrainLoader:
     """Training batches of this rank; make it with :func:`train_loader`."""
 
-    def __init__(self, dataset: TrainImages, batches: EpochBatches, workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: TrainImages,
+        batches: EpochBatches,
+        workers: int,
+        pin_memory: bool,
+        timeout_seconds: float,
+        epochs: int | None,
+    ):
         self.batches = batches
-        self._dataset = dataset
         self._on_error = dataset.on_error
-        self._from = _From(batches)
-        self._loader = _data_loader(dataset, self._from, workers, pin_memory)
+        self._first: tuple[int, Batch] | None = None
+        self._reader = BatchReader(
+            dataset,
+            partial(batches.keys_from, epochs=epochs),
+            workers=workers,
+            pin_memory=pin_memory,
+            timeout_seconds=timeout_seconds,
+            replace_workers=dataset.on_error == "skip",
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -132,52 +143,90 @@ class TrainLoader:
         """Images an epoch does not see."""
         return self.batches.left_out
 
+    @property
+    def lost_workers(self) -> int:
+        """How many processes that read images died and were replaced."""
+        return self._reader.lost_workers
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of ``epoch`` in order, from ``start_step`` on; nothing before it is read.
 
+        The first batches of the next epoch are read ahead while this one ends.
+
         Raises:
             UnreadableImage: A file of the batch that is due cannot be read, and ``on_error`` is "fail" or no other
-                image could be read in its place either.
+                image could be read in its place either. Or a process that reads died or hangs (``WorkerFailed``).
         """
-        self._from.place = (epoch, start_step)
-        for batch in self._loader:
+        passes = self.batches.passes_per_epoch
+        for number in range(start_step * self.batches.micro_batches, passes):
+            batch = self._read(epoch * passes + number)
+            self._first = None
             if len(batch) < self.batches.chunk:
+                self._reader.close()
                 raise _unreadable(batch.failures, self._on_error)
             yield batch
 
     def peek(self, epoch: int, step: int, most: int) -> Batch:
-        """Return the first ``most`` images of the micro-batch that ``step`` begins with, read in this process.
+        """Return the first ``most`` images of the micro-batch that ``step`` begins with, which is read once only.
 
         Unreadable files are left out: they are reported when their turn comes.
         """
-        keys = next(self.batches.keys(epoch, step))[:most]
-        return collate([self._dataset[key] for key in keys])
+        number = epoch * self.batches.passes_per_epoch + step * self.batches.micro_batches
+        self._first = number, self._read(number)
+        return self._first[1].head(most)
+
+    def _read(self, number: int) -> Batch:
+        """Return micro-batch ``number`` of this rank, counted from the first of epoch 0."""
+        if self._first is not None and self._first[0] == number:
+            return self._first[1]
+        return self._reader.read(number)
 
 
 class EvalLoader:
     """Evaluation batches of this rank; make it with :func:`eval_loader`. Every pass gives the same batches.
+
+    Each pass has workers of its own, and ends them: between evaluations they would hold memory for nothing.
 
     Args:
         indices: The images of this rank, each exactly once.
     """
 
     def __init__(
-        self, dataset: EvalImages, indices: range, batch_size: int, workers: int, on_error: str, pin_memory: bool
+        self,
+        dataset: EvalImages,
+        indices: range,
+        batch_size: int,
+        workers: int,
+        on_error: str,
+        pin_memory: bool,
+        timeout_seconds: float,
     ):
         self.indices = indices
         self._on_error = on_error
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        self._loader = _data_loader(dataset, chunks, min(workers, len(chunks)), pin_memory)
+        self._num_batches = len(chunks)
+        self._reader = BatchReader(
+            dataset,
+            lambda number: iter(chunks[number:]),
+            workers=min(workers, len(chunks)),
+            pin_memory=pin_memory,
+            timeout_seconds=timeout_seconds,
+            replace_workers=on_error == "skip",
+        )
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; with ``on_error`` "fail" an unreadable file raises :class:`UnreadableImage`."""
-        for batch in self._loader:
-            if batch.failures and self._on_error == "fail":
-                raise _unreadable(batch.failures, self._on_error)
-            yield batch
+        try:
+            for number in range(len(self)):
+                batch = self._reader.read(number)
+                if batch.failures and self._on_error == "fail":
+                    raise _unreadable(batch.failures, self._on_error)
+                yield batch
+        finally:
+            self._reader.close()
 
 
 def train_loader(
@@ -193,6 +242,8 @@ def train_loader(
     on_error: str = "fail",
     exif: str = "ignore",
     pin_memory: bool = False,
+    timeout_seconds: float = 0,
+    epochs: int | None = None,
     token_labels: LabelSource | None = None,
 ) -> TrainLoader:
     """Return the loader of this rank's training batches.
@@ -206,9 +257,12 @@ def train_loader(
         rank: This rank.
         micro_batches: Accumulation steps of an optimizer step.
         workers: Processes that read; 0 reads in this one.
-        on_error: "fail", or "skip": another image takes the place of an unreadable one.
+        on_error: "fail", or "skip": another image takes the place of an unreadable one, and other workers that of
+            workers that die.
         exif: "ignore" or "apply" orientation tags.
         pin_memory: Put batches into page-locked memory (for CUDA).
+        timeout_seconds: Longest wait for a batch, where there are workers; 0 for no limit.
+        epochs: Epochs of the run, after which nothing is read ahead; None for no end.
         token_labels: Label maps of the images, or None.
 
     Raises:
@@ -216,7 +270,7 @@ def train_loader(
     """
     batches = EpochBatches(len(records), seed, global_batch, world_size, rank, micro_batches)
     images = TrainImages(records, transform, seed, on_error, exif, token_labels)
-    return TrainLoader(images, batches, workers, pin_memory)
+    return TrainLoader(images, batches, workers, pin_memory, timeout_seconds, epochs)
 
 
 def eval_loader(
@@ -230,6 +284,7 @@ def eval_loader(
     on_error: str = "fail",
     exif: str = "ignore",
     pin_memory: bool = False,
+    timeout_seconds: float = 0,
 ) -> EvalLoader:
     """Return the loader of this rank's share of an evaluation: images rank, rank + R, rank + 2R, ...
 
@@ -238,37 +293,8 @@ def eval_loader(
     in :func:`train_loader`; ``batch_size`` is this rank's.
     """
     indices = range(rank, len(records), world_size)
-    return EvalLoader(EvalImages(records, transform, exif), indices, batch_size, workers, on_error, pin_memory)
-
-
-def _data_loader(dataset, batch_sampler, workers: int, pin_memory: bool) -> DataLoader:
-    # Where processes can fork they do: the workers then share the list of files. They stay clear of CUDA, and
-    # DataLoader gives each of them one thread.
-    can_fork = "fork" in multiprocessing.get_all_start_methods()
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # Else each pass would draw a seed for the workers from the global generator, which is the run's.
-        generator=torch.Generator(),
-        worker_init_fn=_start_worker if workers else None,
-        multiprocessing_context="fork" if workers and can_fork else None,
-        prefetch_factor=_PREFETCHED_BATCHES if workers else None,
-        persistent_workers=workers > 0,
-    )
-
-
-def _start_worker(worker: int) -> None:
-    """Keep a worker alive through the signals that ask the run to stop.
-
-    Ctrl-C and many schedulers signal every process of a run at once. The main process finishes its step and saves;
-    for that it needs batches a little longer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    images = EvalImages(records, transform, exif)
+    return EvalLoader(images, indices, batch_size, workers, on_error, pin_memory, timeout_seconds)
 
 
 def _unreadable(failures: list[str], on_error: str) -> UnreadableImage:
