@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from volo.reporting import MetricsWriter, plot_curves, read_metrics, write_results
 
@@ -19,6 +20,12 @@ AWKWARD = [0.1, 1 / 3, 1e-300, 6.907755374908447, -0.0, 1.6e-3, float(np.float32
 def board_scalars(folder) -> dict[str, list[tuple[int, float]]]:
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+@pytest.fixture(autouse=True)
+def names_of_event_files_sort_by_age(monkeypatch):
+    """Readers go by name, and within one second and process the name ends in a counter: 10 would come before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 # metrics.csv and TensorBoard

@@ -85,7 +85,9 @@ def test_where_others_take_over_the_run_is_the_same(recipe, tmp_path):
     ended.assert_done()
     assert ended.out.count("was ended by SIGKILL") == 1
     assert "others take over, and nothing is lost" in ended.out
-    assert "replaced since the start: images that cannot be used 0 times, reading processes that died 1 times" in ended.out
+    assert (
+        "replaced since the start: images that cannot be used 0 times, reading processes that died 1 times" in ended.out
+    )
     one, other = (
         torch.load(tmp_path / name / "runs/run/last.pt", weights_only=True)["state_dict"]
         for name in ("straight", "killed")
