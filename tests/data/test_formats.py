@@ -186,3 +186,15 @@ def test_classes_are_those_of_the_folder(places, name):
     assert class_names("folders", open_split(data, data.train_split, "data.train_split")) == (
         ("0", "1", "2") if name == "flat" else tuple(CLASSES)
     )
+
+
+def test_a_flat_folder_takes_its_classes_from_the_devkit_beside_it(places, folder, tmp_path):
+    for name, content in formats.files_of(folder / "val").items():
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name.split("/")[1]).write_bytes(content)
+    data = DataConfig(str(tmp_path), cache="none")
+    with pytest.raises(ValueError, match="outside any class folder"):
+        load(data, "val")
+    (tmp_path / formats.DEVKIT).write_bytes((Path(places["official"].root) / formats.DEVKIT).read_bytes())
+    found, expected = load(data, "val"), load(places["official"], "val")
+    assert found.names == expected.names and found.labels.tolist() == expected.labels.tolist()
