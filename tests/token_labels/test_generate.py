@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import formats
 import numpy as np
 import programs
 import pytest
@@ -105,7 +106,7 @@ def cnn(tmp_path_factory) -> Path:
 
 def options(images: Path, output: Path, teacher: str, checkpoint: Path | None, **more) -> GenerateOptions:
     path = None if checkpoint is None else str(checkpoint)
-    sizes = {"batch_size": 3, "block_size": 7, "workers": 0, "device": "cpu"}
+    sizes = {"batch_size": 3, "block_size": 7, "workers": 0, "device": "cpu", "cache": "none"}
     return GenerateOptions(str(images), str(output), teacher, path, **{**sizes, **more})
 
 
@@ -288,6 +289,12 @@ def uninterrupted(images, cnn, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("uninterrupted") / "labels"
     assert run_generation(options(images, output, "timm:test_resnet", cnn)) == DONE
     return content(output)
+
+
+def test_labels_of_an_archive_are_those_of_the_folder(images, cnn, uninterrupted, tmp_path):
+    archive = formats.write_tar_of_tars(tmp_path / "train.tar", formats.files_of(images), tmp_path)
+    assert run_generation(options(archive, tmp_path / "labels", "timm:test_resnet", cnn)) == DONE
+    assert content(tmp_path / "labels") == uninterrupted
 
 
 class Held:

@@ -19,7 +19,6 @@ from volo.data.ranges import file_system, is_url
 from volo.data.records import Split
 
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
-_PATTERN = re.compile(r"[*?\[{]")
 
 
 def open_split(data: DataConfig, split: str, option: str) -> Split:
@@ -50,6 +49,11 @@ def open_split(data: DataConfig, split: str, option: str) -> Split:
     return FolderSplit(target, Manifests.of(data.cache, data.relist), _devkit(root))
 
 
+def is_pattern(path: str) -> bool:
+    """Tell whether ``path`` stands for several: with ``*``, ``?``, ``[...]`` or ``{...}`` in it."""
+    return re.search(r"[*?\[{]", path) is not None
+
+
 def _format_of(root: str, target: str, split: str) -> str:
     """Tell what a split is by what is there: "folder", "tar" or "parquet"."""
     if os.path.isdir(target):
@@ -57,7 +61,7 @@ def _format_of(root: str, target: str, split: str) -> str:
         if any(name.endswith(".tar") for name in names):
             return "tar"
         return "parquet" if has_parquet(target) else "folder"
-    if target.endswith(".tar") or _PATTERN.search(split) or _official(root, split):
+    if target.endswith(".tar") or is_pattern(split) or _official(root, split):
         return "tar"
     return "parquet" if has_parquet(root) else "folder"
 
@@ -84,8 +88,8 @@ def _expand(target: str) -> list[str]:
     found = []
     for one in braceexpand(target) if "{" in target else [target]:
         if is_url(one) and not one.endswith(".tar"):
-            one += "" if _PATTERN.search(one) else "/*.tar"
-        if not _PATTERN.search(one):
+            one += "" if is_pattern(one) else "/*.tar"
+        if not is_pattern(one):
             found.append(one)
         elif is_url(one):
             system, path = file_system(one)

@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 
 from volo import distributed
+from volo.config import DataConfig
 from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
+from volo.data.formats import is_pattern, open_split
+from volo.data.ranges import is_url
 from volo.data.records import ImageRecords, class_names
 from volo.distributed import World, worker_count
 from volo.models import read_checkpoint
@@ -91,12 +94,17 @@ def find_images(options: GenerateOptions) -> ImageRecords:
     output = Path(options.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already; it is not touched: name another, or move it away")
-    if not os.path.isdir(options.images):
-        raise ValueError(f"--images is {options.images!r}, which is not a folder")
     if options.teacher_checkpoint and not os.path.isfile(options.teacher_checkpoint):
         raise ValueError(f"--teacher_checkpoint is {options.teacher_checkpoint!r}, which is not a file")
-    classes = class_names(options.class_list, FolderSplit(options.images))
-    records = scan_class_folders(options.images, classes, folder_layout(options.images, classes))
+    if not (is_url(options.images) or is_pattern(options.images) or os.path.exists(options.images)):
+        raise ValueError(f"--images is {options.images!r}, which is neither a folder nor a tar archive")
+    root, name = os.path.split(options.images.rstrip("/"))
+    split = open_split(DataConfig(root or ".", cache=options.cache), name, "--images")
+    classes = class_names(options.class_list, split)
+    if isinstance(split, FolderSplit):
+        records = scan_class_folders(options.images, classes, folder_layout(options.images, classes), split.manifests)
+    else:
+        records = split.records(classes)
     require_storable(options.format, records)
     return records
 

@@ -14,7 +14,8 @@ class GenerateOptions:
     """What to label, by whom, and where to.
 
     Args:
-        images: Folder with one folder of images a class, such as the train folder of ImageNet.
+        images: Folder with one folder of images a class, such as the train folder of ImageNet; or what training reads
+            instead: a tar archive, shards ("train-{000..146}.tar", a folder of them, a URL).
         output: Where the labels go. What is done already waits in OUTPUT.parts until all of it is there.
         teacher: timm:NAME for a model of timm, or one of our own (volo_d1 ... volo_d5, volo_tiny, volo_nano).
         teacher_checkpoint: Weights of the teacher; without it a timm teacher takes its pretrained weights.
@@ -37,6 +38,7 @@ class GenerateOptions:
         device: auto takes CUDA where there is one.
         on_error: An unreadable image: "fail" names it and stops; "skip" lists it, and it gets no label.
         exif: "ignore" orientation tags or "apply" them; as data.exif of the training.
+        cache: Folder that keeps listings and indices, as data.cache of the training.
     """
 
     images: str
@@ -57,6 +59,7 @@ class GenerateOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_error: Literal["fail", "skip"] = "fail"
     exif: Literal["ignore", "apply"] = "ignore"
+    cache: str = "auto"
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "block_size"):

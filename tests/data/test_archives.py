@@ -1,0 +1,270 @@
+"""Archives that are not as they should be: an error with a name before the first step, or a note in the counts."""
+
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import formats
+import numpy as np
+import pytest
+
+from volo.config import DataConfig
+from volo.data import archives, ranges
+from volo.data.archives import ArchiveSplit
+from volo.data.decode import UnreadableImage
+from volo.data.formats import open_split
+from volo.data.manifest import Manifests
+from volo.data.ranges import RangeReader, stamp
+from volo.token_labels.store import label_key
+
+CLASSES = ("a", "b")
+FILES = {"a/x.jpg": b"1" * 700, "a/y.JPEG": b"", "b/x.jpg": b"3" * 512}
+
+
+def records(*paths: Path, **options):
+    return ArchiveSplit([str(path) for path in paths], "here").records(CLASSES, **options)
+
+
+def test_a_tar_of_class_folders(tmp_path):
+    others = {"b/notes.txt": b"?", "b/._x.jpg": b"resource", "./.hidden/y.jpg": b"?", "b/mask.cls.txt": b"?"}
+    found = records(formats.write_tar(tmp_path / "all.tar", {**others, **FILES}))
+    assert list(found.names) == list(FILES) and found.labels.tolist() == [0, 0, 1] and found.ignored == 2
+    assert [found.read(i) for i in range(3)] == list(FILES.values())
+    assert found.location(2) == f"{tmp_path}/all.tar: b/x.jpg"
+    assert [label_key(name) for name in found.names] == ["a/x", "a/y", "b/x"]
+
+
+@pytest.mark.parametrize("keep", [*range(0, 3584, 512), 700, 1535])
+def test_an_archive_that_was_cut_short_is_named(tmp_path, keep):
+    """Also between two members, where tarfile would take it for the end."""
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{tmp_path}/all.tar (is|cannot)"):
+        records(path)
+
+
+@pytest.mark.parametrize("place", [0, 1536, 2048])
+def test_a_damaged_header_is_not_the_end(tmp_path, place):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = b"\xffdamaged"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="all.tar is (no tar archive|damaged)"):
+        records(path)
+
+
+def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
+    """What comes behind it is the next class, not more of this one."""
+    inner = {one: formats.tar_bytes(tmp_path, {f"{one}_1.jpg": b"1", f"{one}_2.jpg": b"2"})[:2048] for one in CLASSES}
+    path = formats.write_tar(tmp_path / "all.tar", {f"{one}.tar": content for one, content in inner.items()})
+    found = records(path)
+    assert list(found.names) == ["a/a_1.jpg", "a/a_2.jpg", "b/b_1.jpg", "b/b_2.jpg"]
+    assert [found.read(i) for i in range(4)] == [b"1", b"2"] * 2
+
+
+def test_what_is_no_archive_is_named(tmp_path):
+    (tmp_path / "page.tar").write_text("<html>404</html>" * 99)
+    with tarfile.open(tmp_path / "small.tar", "w:gz"):
+        pass
+    for name in ("page.tar", "small.tar"):
+        with pytest.raises(ValueError, match=f"{name} is no tar archive, or a compressed one"):
+            records(tmp_path / name)
+    with pytest.raises(ValueError, match="none.tar cannot be read: No such file or directory"):
+        records(tmp_path / "none.tar")
+
+
+def test_links_in_archives_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.jpg").write_bytes(b"1")
+    os.link(tmp_path / "a/x.jpg", tmp_path / "a/y.jpg")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(tmp_path / "a", "a")
+    with pytest.raises(ValueError, match="a/[xy].jpg is a link to another file; .*--hard-dereference"):
+        records(tmp_path / "all.tar")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"c/x.jpg": b""}, "1 of 1 folders of here are not among the 2 classes .*: c"),
+        ({"x.jpg": b"", "a/x.jpg": b""}, "1 of 2 images of here lie in no class folder .*data.val_labels.*: x.jpg"),
+        ({"x.jpg": b"", "x.cls": b"0", "y.jpg": b""}, "1 of 2 images of here have no .cls .*: y.jpg"),
+        ({"x.jpg": b"", "x.cls": b"2"}, ".cls files: labels that are neither class names .* below 2: 2"),
+        ({"x.jpg": b"", "x.png": b"", "x.cls": b"0"}, "x.jpg and x.png are images of the same sample"),
+        ({"b/x.jpg": b"", "b/x.cls": b"0"}, "b/x.jpg has '0', which is 'a'. Point data.class_list"),
+        ({"notes.txt": b""}, "here has no image"),
+    ],
+)
+def test_images_without_a_class_are_named(tmp_path, files, told):
+    with pytest.raises(ValueError, match=told):
+        records(formats.write_tar(tmp_path / "all.tar", files))
+
+
+def test_samples_of_shards(tmp_path):
+    """Class names or numbers, other files of a sample, a class without an image."""
+    first = formats.write_tar(
+        tmp_path / "0.tar", {"2.jpg": b"2", "2.cls": b"b\n", "2.mask.png": b"?", "2.json": b"{}", "9.cls": b"a"}
+    )
+    second = formats.write_tar(tmp_path / "1.tar", {"1.png": b"1", "1.cls": b"b", "3.jpg": b"3", "3.cls": b"a"})
+    found = records(first, second)
+    assert list(found.names) == ["a/3.jpg", "b/1.png", "b/2.jpg"] and found.labels.tolist() == [0, 1, 1]
+    assert [found.read(i) for i in range(3)] == [b"3", b"1", b"2"]
+    assert found.ignored == 3  # mask, json, and the class without an image
+
+
+def test_patterns_and_what_they_do_not_find(tmp_path):
+    for number in range(3):
+        formats.write_tar(tmp_path / f"s/train-{number:02d}.tar", {f"a/{number}.jpg": b""})
+
+    def found(split: str, **options) -> list[str]:
+        data = DataConfig(str(tmp_path / "s"), cache="none", **options)
+        return list(open_split(data, split, "data.x").records(CLASSES).names)
+
+    assert found("train-{00..01}.tar") == ["a/0.jpg", "a/1.jpg"] and found("train-0[12].tar") == ["a/1.jpg", "a/2.jpg"]
+    assert found(".") == found("*.tar") == found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
+    with pytest.raises(ValueError, match="data.x: there is no tar archive .*/val-[*].tar"):
+        found("val-*.tar")
+    with pytest.raises(ValueError, match="train-03.tar cannot be read: No such file"):
+        found("train-{00..03}.tar")
+    with pytest.raises(ValueError, match="data.x names .*train-00.tar more than once"):
+        found("train-{00,01,00}.tar")
+    with pytest.raises(ValueError, match="has no class folders|outside any class folder"):
+        found(".", format="folder")
+    with pytest.raises(ValueError, match="data.format is 'folder', but only tar archives are read from a URL"):
+        found("http://127.0.0.1:9/x.tar", format="folder")
+    with pytest.raises(ValueError, match="nonsense://x.tar is of a kind that cannot be read"):
+        found("nonsense://x.tar")
+
+
+def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    gone_through = []
+    plain = archives._go_through
+    monkeypatch.setattr(archives, "_go_through", lambda *words: gone_through.append(words) or plain(*words))
+
+    def names() -> list[str]:
+        split = ArchiveSplit([str(path)], "here", Manifests(tmp_path / "cache"))
+        assert set(split.class_folders()) == set(CLASSES)
+        found = split.records(CLASSES)
+        assert [found.read(i) for i in range(len(found))] == [files[name] for name in found.names]
+        return list(found.names)
+
+    files = FILES
+    formats.settle(path)
+    assert names() == names() == list(FILES) and len(gone_through) == 1
+    files = {**FILES, "b/z.jpg": b"new"}
+    formats.write_tar(path, files)
+    formats.settle(path)
+    assert names() == names() == [*FILES, "b/z.jpg"] and len(gone_through) == 2
+
+
+def test_an_archive_that_changes_under_a_run_is_noticed(tmp_path):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    found = records(path)
+    formats.write_tar(path, dict(reversed(FILES.items())))
+    with pytest.raises(UnreadableImage, match="all.tar: b/x.jpg: the archive has changed since it was indexed"):
+        found.read(2)
+    found = records(path)
+    path.unlink()
+    with pytest.raises(UnreadableImage, match="all.tar: a/x.jpg: No such file or directory"):
+        found.read(0)
+
+
+def test_few_files_are_open_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "_OPEN_FILES", 3)
+    paths = [tmp_path / str(i) for i in range(10)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 10)
+    reader = RangeReader([str(path) for path in paths], [stamp(str(path)) for path in paths])
+    before = len(os.listdir("/proc/self/fd"))
+    for i in np.random.default_rng(0).integers(10, size=100).tolist():
+        assert reader.read(i, 3, 4) == bytes([i]) * 4
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    with pytest.raises(OSError, match="5 of 6 bytes came"):
+        reader.read(0, 5, 6)
+
+
+def test_a_forked_process_opens_its_own_files(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    reader = RangeReader([str(path)], [stamp(str(path))])
+    reader.read(0, 0, 1)
+    ours = set(reader._open.values())
+    read, write = os.pipe()
+    if os.fork() == 0:
+        data = reader.read(0, 2, 3)
+        os.write(write, data if reader._process == os.getpid() else b"the parent's")
+        os._exit(0)
+    os.wait()
+    assert os.read(read, 100) == b"234" and set(reader._open.values()) == ours and reader.read(0, 1, 2) == b"12"
+    os.close(read), os.close(write)
+
+
+def test_a_server_that_stumbles_is_asked_again(monkeypatch):
+    answers = [TimeoutError("slow"), RuntimeError("no\nsuch hierarchy"), b"123"]
+    waits = []
+
+    class Store:
+        def cat_file(self, path, start, end):
+            assert (path, start, end) == ("x", 5, 8)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(ranges, "file_system", lambda url: (Store(), "x"))
+    monkeypatch.setattr(ranges.time, "sleep", waits.append)
+    reader = RangeReader(["s3://x"], [""])
+    assert reader.read(0, 5, 3) == b"123" and waits == [2, 4]
+    answers[:] = [RuntimeError("no\nsuch hierarchy")] * 9
+    with pytest.raises(OSError, match="^RuntimeError: no such hierarchy$"):
+        reader.read(0, 5, 3)
+    assert len(answers) == 5
+    answers[:] = [b"whole file, as from a server without ranges"]
+    with pytest.raises(OSError, match="the server gives no ranges"):
+        reader.read(0, 5, 3)
+    answers[:] = [FileNotFoundError(2, "No such file or directory")]
+    with pytest.raises(FileNotFoundError):
+        reader.read(0, 5, 3)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.url_to_fs", missing)
+    with pytest.raises(ValueError, match=r"s3://bucket/x needs a package .*Install s3fs.*pip install s3fs"):
+        stamp("s3://bucket/x")
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "train-0.parquet").write_bytes(b"")
+    data = DataConfig(str(tmp_path), cache="none")
+    with pytest.raises(ValueError, match="data.x is 'train': .* cannot be opened as a data set of images"):
+        open_split(data, "train", "data.x").records(CLASSES)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        open_split(data, "train", "data.x").records(CLASSES)
+
+
+def test_devkit_errors(tmp_path):
+    names = ("ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000003.JPEG")
+    val = formats.write_tar(tmp_path / "val.tar", dict.fromkeys(names, b""))
+    kit = formats.write_devkit(tmp_path / formats.DEVKIT, list(CLASSES), ["a", "b"])
+    with pytest.raises(ValueError, match="val_00000002.JPEG, and there is an image ILSVRC2012_val_00000003"):
+        records(val, labels_file=str(kit))
+    val = formats.write_tar(tmp_path / "val.tar", {"ILSVRC2012_val_00000002.JPEG": b""})
+    assert records(val, labels_file=str(kit)).labels.tolist() == [1]
+    with tarfile.open(kit) as archive:
+        archive.extractall(tmp_path / "kit", filter="data")
+    assert records(val, labels_file=str(tmp_path / "kit")).labels.tolist() == [1]
+    (tmp_path / "kit/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="kit is not the development kit of ILSVRC2012"):
+        records(val, labels_file=str(tmp_path / "kit"))
+    (tmp_path / "kit/ILSVRC2012_devkit_t12/data/meta.mat").unlink()
+    with pytest.raises(ValueError, match="kit has no data/meta.mat"):
+        records(val, labels_file=str(tmp_path / "kit"))
+    kit.write_bytes(kit.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        records(val, labels_file=str(kit))

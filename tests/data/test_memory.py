@@ -1,0 +1,70 @@
+"""What an index takes for every image, and that reading through it takes nothing more in a forked worker."""
+
+import gc
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from volo.data.archives import ArchiveSource
+from volo.data.ranges import RangeReader
+from volo.data.records import ImageRecords
+from volo.data.source import FolderSource, PackedNames, Source
+
+IMAGES = 200_000
+
+
+def names_like_imagenet() -> PackedNames:
+    """28 bytes each, as n01440764/n01440764_10026.JPEG."""
+    return PackedNames.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i % 10000}.JPG" for i in range(IMAGES))
+
+
+def sources() -> dict[str, Source]:
+    names = names_like_imagenet()
+    number, places = np.zeros(IMAGES, dtype=np.int32), np.arange(IMAGES)
+    return {
+        "folder": FolderSource("/data/train", names),
+        "archive": ArchiveSource(names, RangeReader(["/data/train.tar"], ["0 0"]), number, places, places),
+    }
+
+
+@pytest.mark.parametrize(("kind", "most"), [("folder", 48), ("archive", 68)])
+def test_bytes_an_image(kind, most):
+    """1.28 M images in 60 or 85 MB: once for all workers, which share it."""
+    records = ImageRecords(sources()[kind], np.zeros(IMAGES, dtype=np.int64), ("a", "b"))
+    assert len(pickle.dumps(records)) / IMAGES < most
+
+
+def own_kilobytes() -> int:
+    """Memory that this process shares with no other."""
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("Private_Dirty:", "Private_Clean:")))
+
+
+def growth_in_a_fork(touch) -> int:
+    """KB that a forked process takes for itself while ``touch`` goes through all images, twice."""
+    read, write = os.pipe()
+    gc.collect()
+    if os.fork() == 0:
+        touch(0)
+        before = own_kilobytes()
+        for _ in range(2):
+            for index in range(IMAGES):
+                touch(index)
+        os.write(write, str(own_kilobytes() - before).encode())
+        os._exit(0)
+    os.wait()
+    grown = int(os.read(read, 100))
+    os.close(read), os.close(write)
+    return grown
+
+
+def test_a_forked_worker_copies_nothing_of_the_index():
+    source = sources()["archive"]
+    records = ImageRecords(source, np.zeros(IMAGES, dtype=np.int64), ("a", "b"))
+    whole = len(pickle.dumps(records)) // 1024
+    assert growth_in_a_fork(lambda i: (records.location(i), int(records.labels[i]), int(source.offset[i]))) < whole / 10
+    # So it would be with a list of strings, each of which has its reference count beside it.
+    listed = list(records.names)
+    assert growth_in_a_fork(lambda i: listed[i]) > whole / 2

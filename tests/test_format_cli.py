@@ -1,0 +1,105 @@
+"""train.py and validate.py on archives: a run that is stopped and resumed is the run on the folder, bit for bit."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import formats
+import programs
+import pytest
+import torch
+from programs import CLASSES, STOPPED, TRAIN, USAGE, VALIDATE
+
+pytestmark = pytest.mark.xdist_group("formats")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return programs.make_images(tmp_path_factory.mktemp("images"), train=16)
+
+
+@pytest.fixture(scope="module")
+def archives(images, tmp_path_factory) -> dict[str, dict]:
+    """data options of the same images in archives."""
+    root = tmp_path_factory.mktemp("archives")
+    for split in ("train", "val"):
+        files = formats.files_of(images / split)
+        formats.write_shards(f"{root}/shards/{split}/%02d.tar", files, list(CLASSES))
+        formats.write_tar_of_tars(root / f"{split}.tar", files, root)
+    tars = {"root": str(root), "train_split": "train.tar", "val_split": "val.tar"}
+    return {"shards": {"root": str(root / "shards"), "workers": 1}, "tars": {**tars, "cache": str(root / "cache")}}
+
+
+def recipe(folder: Path, images: Path, **data) -> Path:
+    return programs.write_recipe(
+        folder / "recipe.yaml",
+        images,
+        model={"drop_path_rate": 0.3},
+        data=data,
+        schedule={"epochs": 2},
+        train={"device_batch_size": 6, "output": str(folder / "runs")},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(images, tmp_path_factory) -> dict[int, Path]:
+    """The runs on the folder, on one and on two processes, that were never stopped."""
+    runs = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("straight")
+        for ended in programs.start(TRAIN, "--config", recipe(folder, images), cwd=folder, ranks=ranks).finish():
+            ended.assert_done()
+        runs[ranks] = folder / "runs/run"
+    return runs
+
+
+def outcome(run: Path) -> tuple[dict, list[dict]]:
+    """Weights, and every number of every step but the times."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = [{**row, "train/images_per_s": None, "train/data_wait": None} for row in csv.DictReader(file)]
+    return torch.load(run / "last.pt", weights_only=True)["state_dict"], rows
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("shards", 1), ("tars", 2)])
+def test_a_stopped_run_on_archives_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
+    words = ("--config", recipe(tmp_path, images, **archives[name]))
+    run = programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks)
+    run.follow("epoch 1/2  step 2/4  ")
+    for pid in run.pids:
+        os.kill(pid, signal.SIGTERM)
+    assert [ended.code for ended in run.finish()] == [STOPPED] * ranks
+    for ended in programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks).finish():
+        ended.assert_done()
+    assert "going on from" in (tmp_path / "runs/run/log.txt").read_text()
+    (weights, rows), (expected, expected_rows) = outcome(tmp_path / "runs/run"), outcome(straight[ranks])
+    assert rows == expected_rows and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_on_archives_counts_as_on_the_folder(images, archives, straight, tmp_path, ranks):
+    results = []
+    for data in ({}, archives["shards"], archives["tars"]):
+        words = (
+            "--config",
+            recipe(tmp_path, images, **data),
+            "--checkpoint",
+            straight[1] / "best.pt",
+            "--output",
+            "out",
+        )
+        for ended in programs.start(VALIDATE, *words, cwd=tmp_path, ranks=ranks).finish():
+            ended.assert_done()
+        with open(tmp_path / "out/results.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        results.append([row[name] for name in ("images", "top1_correct", "top5_correct", "loss")])
+    assert results[0] == results[1] == results[2] and results[0][0] == "12"
+
+
+def test_a_damaged_archive_ends_the_run_before_it_begins(images, archives, tmp_path):
+    whole = Path(archives["tars"]["root"], "train.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    data = {**archives["tars"], "train_split": str(tmp_path / "cut.tar")}
+    ended = programs.run(TRAIN, "--config", recipe(tmp_path, images, **data), cwd=tmp_path)
+    ended.assert_failed(USAGE, "cut.tar")

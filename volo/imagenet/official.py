@@ -1,0 +1,73 @@
+"""The official files of ILSVRC2012, and opening what lies in a folder of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from volo.config import DataConfig
+from volo.data.formats import open_split
+from volo.data.records import ImageRecords, class_names
+
+MD5 = {
+    "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+    "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+    "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+IMAGES = {"train": 1_281_167, "val": 50_000}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images are, which of them, and how many there are to be.
+
+    Args:
+        folder: Holds the official archives, or anything else that data.root takes.
+        splits: "train", "val" or both.
+        expect: Images that each split is to have.
+        cache: As data.cache.
+        devkit: The development kit; None takes the one in ``folder``.
+    """
+
+    folder: str
+    splits: tuple[str, ...] = ("train", "val")
+    expect: tuple[int, ...] = (IMAGES["train"], IMAGES["val"])
+    cache: str = "auto"
+    devkit: str | None = None
+
+    def open(self) -> dict[str, ImageRecords]:
+        """Return the images of each split, sorted into classes; ValueError where they cannot be found or sorted."""
+        try:
+            return self._open()
+        except ValueError as error:
+            told = str(error)
+            for name, here in (("data.val_labels", "--devkit"), ("data.root", "--source")):  # as train.py calls them
+                told = told.replace(name, here)
+            raise ValueError(told) from error
+
+    def _open(self) -> dict[str, ImageRecords]:
+        data = DataConfig(self.folder, cache=self.cache)
+        opened = {split: open_split(data, split, f"split {split}") for split in self.splits}
+        classes = class_names("folders", opened["train"]) if "train" in opened else class_names("imagenet")
+        labels = {"train": None, "val": self.devkit}
+        return {split: opened[split].records(classes, labels[split]) for split in self.splits}
+
+    def check(self, counts: dict[str, int]) -> str:
+        """Return the counts in words; ValueError where one is not as expected."""
+        wanted = dict(zip(self.splits, self.expect, strict=True))
+        wrong = [split for split, count in counts.items() if count != wanted[split]]
+        if wrong:
+            told = "; ".join(f"{split} has {counts[split]:,} images, not {wanted[split]:,}" for split in wrong)
+            raise ValueError(
+                f"{told}. See with 'verify' that the archives are whole; of a subset, give the counts with --expect"
+            )
+        return ", ".join(f"{split} {n:,} images" for split, n in counts.items()) + ", as many as there are to be"
+
+
+def require_free(folder: Path, mine: str) -> None:
+    """Raise ValueError where something stands in ``folder`` that was not written by the same command before.
+
+    Args:
+        folder: The output.
+        mine: Name of the file in it that says so.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / mine).is_file():
+        raise ValueError(f"--output {folder} exists already; it is not touched: name another, or move it away")
