@@ -5,7 +5,8 @@
     python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
     python scripts/benchmark.py train   forward and backward pass of a training step
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
-    python scripts/benchmark.py growth  time and memory against resolution, and the batch that fits a GPU
+    python scripts/benchmark.py growth  time and memory against resolution
+    python scripts/benchmark.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
 
 Every round times each of them once, one right after the other; a ratio is the median of the rounds' own ratios, so
 what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster. "products alone" is
@@ -14,7 +15,6 @@ the time of the same network's matrix products and convolutions and nothing else
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,17 +28,20 @@ import benchmark_memory  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from benchmark_memory import growth_row, kept_bytes, summed  # noqa: E402
+from benchmark_memory import batches, kept_bytes, summed  # noqa: E402
+from benchmark_output import cpu_name, print_table, show_progress  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from volo.models import create_model, list_models  # noqa: E402
 from volo.models.blocks import OutlookAttention  # noqa: E402
 from volo.models.recompute import Recompute  # noqa: E402
+from volo.published import all_published  # noqa: E402
 
 OURS, OURS_COMPILED, TIMM, TIMM_COMPILED = "ours", "ours compiled", "timm eager", "timm compiled"
 VIT, PRODUCTS = "ViT-S (timm)", "products alone"
 VIT_NAME = "vit_small_patch16_224"
+RECOMPUTED = ("cheap", "blocks")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Step = Callable[[], object]
@@ -49,7 +52,8 @@ def main() -> None:
     torch.manual_seed(0)
     bench = Bench(args)
     rows, notes = WHAT[args.what](bench)
-    title = f"{args.what}: {args.model} {args.img_size} px, batch {args.batch}, {args.precision}, {bench.machine()}"
+    subject = {"fit": "published networks", "growth": args.model}.get(args.what, f"{args.model} {args.img_size} px")
+    title = f"{args.what}: {subject}, batch {args.batch}, {args.precision}, {bench.machine()}"
     print(title)
     print_table(rows)
     for note in notes:
@@ -94,12 +98,20 @@ class Bench:
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} threads of {cpu_name()}"
 
-    def ours(self, side: int | None = None) -> nn.Module:
-        return create_model(self.args.model, img_size=side or self.args.img_size).to(self.device)
+    def ours(self, side: int | None = None, recompute: Recompute = "cheap", name: str | None = None) -> nn.Module:
+        with self.device:
+            network = create_model(name or self.args.model, img_size=side or self.args.img_size)
+        network.set_recompute(recompute)
+        return network
 
     def timm(self, name: str | None = None, **options) -> nn.Module:
         name = name or f"{self.args.model}_{224 if self.args.img_size == 224 else ''}".rstrip("_")
-        return timm.create_model(name, img_size=self.args.img_size, **options).to(self.device)
+        with self.device:
+            return timm.create_model(name, img_size=self.args.img_size, **options)
+
+    def kept_mb(self, network: nn.Module, images: Tensor) -> float:
+        """MB an image that ``network`` keeps for its backward pass."""
+        return round(kept_bytes(network, images, self.autocast()) / len(images) / 1e6, 1)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.args.precision]
@@ -169,9 +181,7 @@ def model(bench: Bench) -> tuple[list[dict], list[str]]:
 
 def train(bench: Bench) -> tuple[list[dict], list[str]]:
     """Forward and backward of class and token logits; neither loss nor optimizer, which are the same for both."""
-    networks = {f"ours, recompute {mode}": bench.ours().train() for mode in get_args(Recompute)}
-    for mode, network in zip(get_args(Recompute), networks.values(), strict=True):
-        network.set_recompute(mode)
+    networks = {f"ours, recompute {mode}": bench.ours(recompute=mode).train() for mode in get_args(Recompute)}
     ours, theirs = networks.pop("ours, recompute cheap"), TrainForward(bench.timm().train())
     networks = {OURS: ours, **networks, TIMM: theirs} | bench.compiled(ours, theirs)
     steps = {name: lambda m=m: run_back(bench, m, bench.images) for name, m in networks.items()}
@@ -181,19 +191,16 @@ def train(bench: Bench) -> tuple[list[dict], list[str]]:
 
 def memory(bench: Bench) -> tuple[list[dict], list[str]]:
     """Bytes that autograd keeps between forward and backward, storages counted once, parameters left out."""
-    networks = {f"ours, recompute {mode}": bench.ours() for mode in get_args(Recompute)}
-    for mode, network in zip(get_args(Recompute), networks.values(), strict=True):
-        network.set_recompute(mode)
+    networks = {f"ours, recompute {mode}": bench.ours(recompute=mode) for mode in get_args(Recompute)}
     networks |= {TIMM: TrainForward(bench.timm()), VIT: bench.timm(VIT_NAME)}
-    rows = []
-    for name, network in networks.items():
-        kept = kept_bytes(network.train(), bench.images, bench.autocast()) / bench.args.batch
-        rows.append({"what": "kept for backward", "who": name, "MB an image": round(kept / 1e6, 1)})
-    return rows, []
+    return [
+        {"what": "kept for backward", "who": name, "MB an image": bench.kept_mb(network, bench.images)}
+        for name, network in networks.items()
+    ], []
 
 
 def growth(bench: Bench) -> tuple[list[dict], list[str]]:
-    """What resolution costs: time of both passes, memory, and the batch that GPUs have room for."""
+    """What resolution costs in time and memory."""
     rows = []
     for side in (224, 384, 448, 512):
         network, images = bench.ours(side), bench.noise(side)
@@ -201,7 +208,23 @@ def growth(bench: Bench) -> tuple[list[dict], list[str]]:
             "forward": lambda n=network, x=images: run(bench, n.eval(), x),
             "forward + backward": lambda n=network, x=images: run_back(bench, n.train(), x),
         }
-        rows.append({"image side": side} | growth_row(network, images, bench.time(steps), bench.autocast()))
+        times = {what: statistics.median(seconds) for what, seconds in bench.time(steps).items()}
+        row = {"image side": side}
+        row |= {f"{what}, ms an image": round(1000 * time / bench.args.batch, 1) for what, time in times.items()}
+        row |= {f"{mode}, MB": bench.kept_mb(bench.ours(side, mode), images) for mode in RECOMPUTED}
+        rows.append(row)
+    return rows, []
+
+
+def fit(bench: Bench) -> tuple[list[dict], list[str]]:
+    """The batch that GPUs have room for, for every published network."""
+    rows = []
+    for network in all_published():
+        row, side = {"network": network.key}, network.resolution
+        for mode in RECOMPUTED:
+            mb = bench.kept_mb(bench.ours(side, mode, network.name), bench.noise(side))
+            row |= {f"{mode}, MB an image": mb, f"{mode}, batch": batches(mb * 1e6, network.params)}
+        rows.append(row)
     return rows, [benchmark_memory.__doc__.replace("\n", " ").strip()]
 
 
@@ -285,28 +308,7 @@ def table(what: str, seconds: dict[str, list[float]]) -> list[dict]:
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([str(row.get(c, "")) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rround {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-WHAT = {"op": op, "model": model, "train": train, "memory": memory, "growth": growth}
+WHAT = {"op": op, "model": model, "train": train, "memory": memory, "growth": growth, "fit": fit}
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,14 @@
 """Memory is counted, not run: the bytes that autograd keeps between forward and backward, storages counted once, and
-for each parameter 16 bytes of weight, gradient and AdamW's two averages and 4 of the weight average (EMA). 2 GB are
-left for work space and batches.
+for each parameter 16 bytes of weight, gradient and AdamW's two averages and 4 of the weight average (EMA). Batches are
+those for 24 / 40 / 80 GB, 2 of which are left for work space and data.
 """
 
 import math
-import statistics
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 GPUS = (24, 40, 80)  # GB
 _BYTES_A_PARAMETER = 16 + 4
@@ -20,39 +21,29 @@ def summed(output: Tensor | tuple) -> Tensor:
 
 
 def kept_bytes(network: nn.Module, images: Tensor, autocast: torch.autocast) -> int:
-    """Return the bytes that autograd keeps after a forward pass, those of parameters and images left out."""
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()} | {images.untyped_storage().data_ptr()}
+    """Return the bytes that autograd keeps after a forward pass in training, those of parameters and images left out.
+
+    It runs on tensors that have shapes and no values, so that D5 at 512 px costs a second and no memory. They keep what
+    real ones keep.
+    """
     kept = {}
 
     def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[x.untyped_storage()._cdata] = x  # held, so that no storage is freed and counted twice
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
-        output = summed(network(images))  # held, so that no storage is freed and counted twice
-    assert output.requires_grad
-    return sum(kept.values())
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(x) for name, x in (*network.named_parameters(), *network.named_buffers())}
+        images = mode.from_tensor(images)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
+            output = summed(functional_call(network.train(), state, (images,)))
+        assert output.requires_grad
+        for own in (*state.values(), images):
+            kept.pop(own.untyped_storage()._cdata, None)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def growth_row(
-    network: nn.Module, images: Tensor, seconds: dict[str, list[float]], autocast: torch.autocast
-) -> dict[str, float | str]:
-    """Return what one resolution costs: ms and MB an image, and the batches that fit."""
-    row = {f"{what}, ms": round(1000 * statistics.median(times) / len(images), 1) for what, times in seconds.items()}
-    parameters = sum(p.numel() for p in network.parameters())
-    for mode in ("cheap", "blocks"):
-        network.set_recompute(mode)
-        row |= memory_row(kept_bytes(network.train(), images, autocast) / len(images), parameters, mode)
-    return row
-
-
-def memory_row(bytes_an_image: float, parameters: int, mode: str) -> dict[str, float | str]:
-    """Return MB an image under a mode of recomputation and, for each GPU, the largest batch that fits."""
+def batches(bytes_an_image: float, parameters: int) -> str:
+    """Return the largest batch that fits each of the GPUs."""
     room = [gpu * 1e9 - _LEFT_FREE - parameters * _BYTES_A_PARAMETER for gpu in GPUS]
-    fits = " / ".join(str(max(0, math.floor(left / bytes_an_image))) for left in room)
-    return {
-        f"{mode}, MB": round(bytes_an_image / 1e6, 1),
-        f"{mode}, batch in {' / '.join(map(str, GPUS))} GB": fits,
-    }
+    return " / ".join(str(max(0, math.floor(left / bytes_an_image))) for left in room)

@@ -42,9 +42,8 @@ def test_batches_that_fit_follow_from_the_bytes():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # 100 million parameters are 2 GB of state, and 2 GB stay free: 20, 36 and 76 GB are left for images of 1 GB.
-    row = module.memory_row(1e9, 100_000_000, "cheap")
-    assert row == {"cheap, MB": 1000.0, "cheap, batch in 24 / 40 / 80 GB": "20 / 36 / 76"}
-    assert module.memory_row(1e9, 10**9, "blocks")["blocks, batch in 24 / 40 / 80 GB"] == "2 / 18 / 58"
+    assert module.batches(1e9, 100_000_000) == "20 / 36 / 76"
+    assert module.batches(1e9, 1_200_000_000) == "0 / 14 / 54"
 
 
 def test_models_that_timm_lacks_are_refused():
