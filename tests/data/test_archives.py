@@ -60,7 +60,7 @@ def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
     path = formats.write_tar(tmp_path / "all.tar", {f"{one}.tar": content for one, content in inner.items()})
     found = records(path)
     assert list(found.names) == ["a/a_1.jpg", "a/a_2.jpg", "b/b_1.jpg", "b/b_2.jpg"]
-    assert [found.read(i) for i in range(4)] == [b"1", b"2"] * 2
+    assert [found.read(i) for i in range(4)] == [b"1", b"2"] * 2 and found.ignored == 0
 
 
 def test_what_is_no_archive_is_named(tmp_path):
@@ -123,14 +123,16 @@ def test_patterns_and_what_they_do_not_find(tmp_path):
 
     assert found("train-{00..01}.tar") == ["a/0.jpg", "a/1.jpg"] and found("train-0[12].tar") == ["a/1.jpg", "a/2.jpg"]
     assert found(".") == found("*.tar") == found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
+    (tmp_path / "s/a").mkdir()
+    (tmp_path / "s/a/x.jpg").touch()
+    assert found(".") == ["a/x.jpg"]  # an archive beside class folders is none of them
+    assert found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
     with pytest.raises(ValueError, match="data.x: there is no tar archive .*/val-[*].tar"):
         found("val-*.tar")
     with pytest.raises(ValueError, match="train-03.tar cannot be read: No such file"):
         found("train-{00..03}.tar")
     with pytest.raises(ValueError, match="data.x names .*train-00.tar more than once"):
         found("train-{00,01,00}.tar")
-    with pytest.raises(ValueError, match="has no class folders|outside any class folder"):
-        found(".", format="folder")
     with pytest.raises(ValueError, match="data.format is 'folder', but only tar archives are read from a URL"):
         found("http://127.0.0.1:9/x.tar", format="folder")
     with pytest.raises(ValueError, match="nonsense://x.tar is of a kind that cannot be read"):

@@ -57,8 +57,10 @@ def is_pattern(path: str) -> bool:
 def _format_of(root: str, target: str, split: str) -> str:
     """Tell what a split is by what is there: "folder", "tar" or "parquet"."""
     if os.path.isdir(target):
-        names = [entry.name for entry in os.scandir(target) if not entry.is_dir()]
-        if any(name.endswith(".tar") for name in names):
+        entries = [entry for entry in os.scandir(target) if not entry.name.startswith(".")]
+        if any(entry.is_dir() for entry in entries):  # class folders, whatever lies beside them
+            return "folder"
+        if any(entry.name.endswith(".tar") for entry in entries):
             return "tar"
         return "parquet" if has_parquet(target) else "folder"
     if target.endswith(".tar") or is_pattern(split) or _official(root, split):
