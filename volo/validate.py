@@ -12,7 +12,7 @@ from torch import nn
 
 from volo import distributed
 from volo.config import Config
-from volo.data.augment import EvalTransform
+from volo.data.augment import Backend, EvalTransform
 from volo.data.folders import folder_layout, scan_class_folders
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
@@ -92,7 +92,8 @@ def run_validation(config: Config, options: Options) -> int:
         model.compile()
 
     provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
-    _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in provenance.items()))
+    rows = provenance | {"pixels": str(Backend(config.augment.backend))}  # the same bytes: not part of a result
+    _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in rows.items()))
     rows = []
     for dataset in datasets:
         rows += evaluate_dataset(model, dataset, config, precision, world, provenance)
