@@ -173,11 +173,11 @@ class TrainImages(_Images):
         label = int(self.labels[index])
         try:
             image, notes = self.read(index)
+            size = (image.height, image.width)
+            plan = self.transform.draw(rng, image.width, image.height)
+            pixels = self.transform.apply(image, plan)  # native pixels are decoded here
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        size = (image.height, image.width)
-        plan = self.transform.draw(rng, image.width, image.height)
-        pixels = self.transform.apply(image, plan)
         cells = None
         if self.token_labels is not None:
             try:
@@ -197,6 +197,7 @@ class EvalImages(_Images):
         label = int(self.labels[index])
         try:
             image, notes = self.read(index)
+            pixels = self.transform(image)
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, self.transform(image), label, notes=notes)
+        return Sample(index, pixels, label, notes=notes)

@@ -5,16 +5,17 @@ and two dozen CMYK files. Whatever Pillow cannot turn into pixels becomes one ex
 """
 
 import io
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntFlag
-from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from volo.data.pixels import Pixels
+from volo.data.jpeg import Frame, plain_frame, top
+from volo.data.pixels import Pixels, from_image, reused
 
 # Suffixes that count as images (torchvision's list), each with the formats it promises.
 SUFFIX_FORMATS = {
@@ -41,9 +42,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-Decoded = TypeVar("Decoded")
 
 
 class UnreadableImage(ValueError):
@@ -77,40 +75,47 @@ def read_image(data: bytes, name: str, exif: str = "ignore") -> tuple[Image.Imag
         UnreadableImage: Empty, truncated or no image at all; more pixels than Pillow's limit against
             decompression bombs; or sample values without a known scale (floats, 32-bit integers).
     """
-    return _reading(data, name, lambda image, suffix: _to_rgb(image, suffix, exif))
+    try:
+        with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+            return _to_rgb(image, os.path.splitext(name)[1].lower(), exif)
+    except MemoryError:  # says something about the machine, nothing about the file
+        raise
+    except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on broken bytes
+        raise UnreadableImage(f"cannot read {name}: {_reason(data, error)}") from error
 
 
 def read_pixels(data: bytes, name: str, exif: str = "ignore") -> tuple[Pixels, Note]:
     """Do what :func:`read_image` does, faster where the content is a plain JPEG, as most are.
 
-    The pixels are the same: both decoders are libjpeg-turbo, but here it writes into memory that is there already.
-    What a call returns is overwritten by the next one in the same thread. Arguments and errors as there.
+    The pixels are the same: both decoders are libjpeg-turbo, but here it writes only rows that are needed, into memory
+    that is there already. Arguments and errors as there; what is wrong with the data of a JPEG comes to light when
+    something is made of the pixels.
     """
 
-    def decode(image: Image.Image, suffix: str) -> tuple[Pixels, Note]:
-        upright = exif == "ignore" or _orientation(image) not in _UPRIGHT
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and upright:
-            pixels = Pixels.reused(image.height, image.width)
-            try:
-                simplejpeg.decode_jpeg(data, "RGBX", buffer=pixels.array)
-                return pixels, _notes(image, suffix)
-            except ValueError:  # anything odd, down to a warning: Pillow says what it makes of it
-                pass
-        rgb, notes = _to_rgb(image, suffix, exif)
-        return Pixels.of(rgb), notes
-
-    return _reading(data, name, decode)
+    frame = plain_frame(data)
+    if frame is None or frame.height * frame.width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        image, notes = read_image(data, name, exif)
+        return Pixels.of(image), notes
+    suffix = os.path.splitext(name)[1].lower()
+    notes = Note(0) if "JPEG" in SUFFIX_FORMATS.get(suffix, "JPEG") else Note.OTHER_FORMAT
+    if frame.tagged and _stored_orientation(data) in _UPRIGHT:
+        notes |= Note.EXIF_ROTATED
+        if exif == "apply":
+            return Pixels.of(read_image(data, name, exif)[0]), notes
+    return Pixels(frame.height, frame.width, lambda rows: _decoded(data, name, frame, rows)), notes
 
 
-def _reading(data: bytes, name: str, decode: Callable[[Image.Image, str], Decoded]) -> Decoded:
-    """Return what ``decode`` makes of the image, whose header is read, and the suffix of ``name``."""
+def _decoded(data: bytes, name: str, frame: Frame, rows: int) -> np.ndarray:
+    """Return a plain JPEG as uint8 [H, W, 4], of which the first ``rows`` are right, decoded by Pillow if need be."""
+    pixels = reused(frame.height, frame.width)
+    shorter = top(data, frame, rows)
     try:
-        with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
-            return decode(image, os.path.splitext(name)[1].lower())
-    except MemoryError:  # says something about the machine, nothing about the file
-        raise
-    except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on broken bytes
-        raise UnreadableImage(f"cannot read {name}: {_reason(data, error)}") from error
+        # Strict takes even a warning for an error; but that the data go on after the last row is what was asked for.
+        simplejpeg.decode_jpeg(shorter or data, "RGBX", buffer=pixels, strict=shorter is None)
+        return pixels
+    except ValueError:  # Pillow says what it makes of it
+        image, _ = read_image(data, name)
+        return from_image(image)
 
 
 def count_notes(notes: Iterable[int]) -> dict[str, int]:
@@ -121,29 +126,15 @@ def count_notes(notes: Iterable[int]) -> dict[str, int]:
 
 
 def _to_rgb(image: Image.Image, suffix: str, exif: str) -> tuple[Image.Image, Note]:
-    several = getattr(image, "n_frames", 1) > 1
-    image.load()
-    notes = _notes(image, suffix) | (Note.MULTI_FRAME if several else Note(0))
-    # convert() warns that it drops this; that is meant, and the note says it.
-    image.info.pop("transparency", None)
-
-    if image.mode == "F":
-        raise ValueError("its values are floats, whose scale is not known; store it with 8 or 16 bits")
-    orientation = _orientation(image) if exif == "apply" else 1
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    image = image.convert("RGB")
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return image, notes
-
-
-def _notes(image: Image.Image, suffix: str) -> Note:
-    """Say what is unusual about an image that is not yet converted; frames are counted before it is loaded."""
     notes = Note(0)
     if image.format not in SUFFIX_FORMATS.get(suffix, (image.format,)):
         notes |= Note.OTHER_FORMAT
-    if _orientation(image) in _UPRIGHT:
+    if getattr(image, "n_frames", 1) > 1:
+        notes |= Note.MULTI_FRAME
+    image.load()
+
+    orientation = _orientation(image)
+    if orientation in _UPRIGHT:
         notes |= Note.EXIF_ROTATED
     if image.mode == "CMYK":
         notes |= Note.CMYK
@@ -151,9 +142,18 @@ def _notes(image: Image.Image, suffix: str) -> Note:
         notes |= Note.PALETTE
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         notes |= Note.ALPHA
+        # convert() warns that it drops this; that is meant, and the note says it.
+        image.info.pop("transparency", None)
+
+    if image.mode == "F":
+        raise ValueError("its values are floats, whose scale is not known; store it with 8 or 16 bits")
     if image.mode.startswith("I"):
         notes |= Note.SIXTEEN_BIT
-    return notes
+        image = _eight_bits(image)
+    image = image.convert("RGB")
+    if exif == "apply" and orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return image, notes
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -168,6 +168,15 @@ def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged tag block leaves the pixels whole, and says nothing about their orientation
+        return 1
+
+
+def _stored_orientation(data: bytes) -> int:
+    """Return the orientation that the header of a JPEG speaks of; 1 for none, and where Pillow cannot read it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _orientation(image)
+    except Exception:  # it will be said again, and reported, when the image is decoded
         return 1
 
 

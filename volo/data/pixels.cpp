@@ -262,26 +262,30 @@ struct Points {
             cell_[i] = int32_t(low);
         }
     }
-    bool within(int64_t i, int64_t size) const { return place[i] >= 0 && place[i] < size; }
 };
 
 // across, down: whether points lie between columns, between rows. Rotation needs both, shear and translation one.
 template <bool cubic, bool across, bool down>
 void warp(const Image& in, const Image& out, Box box, const double* m, const uint8_t* fill) {
-    static thread_local Points columns, rows;
+    static thread_local Points kept_columns, kept_rows;
+    Points &columns = kept_columns, &rows = kept_rows;
     const int64_t W = in.width, H = in.height, n = box.x1 - box.x0;
     const auto inner = [](int64_t cell, int64_t size) { return cell >= 1 && cell + 2 < size; };
     for (int64_t y = box.y0; y < box.y1; ++y) {
         if (across) columns.locate(m, box.x0, y, n);
         if (down) rows.locate(m + 3, box.x0, y, n);
         uint8_t* to = out.at(box.x0, y);
+        // Plain pointers: for all the compiler knows a pixel that is stored may be part of an object.
+        const double *sx = columns.place.data(), *sy = rows.place.data();
+        const double *part_x = columns.part.data(), *part_y = rows.part.data();
+        const int32_t *cell_x = columns.cell.data(), *cell_y = rows.cell.data();
         for (int64_t i = 0; i < n; ++i, to += 4) {
-            if ((across && !columns.within(i, W)) || (down && !rows.within(i, H))) {
+            if ((across && !(sx[i] >= 0 && sx[i] < W)) || (down && !(sy[i] >= 0 && sy[i] < H))) {
                 std::memcpy(to, fill, 4);
                 continue;
             }
-            const int64_t column = across ? columns.cell[i] : box.x0 + i, row = down ? rows.cell[i] : y;
-            const double dx = across ? columns.part[i] : 0, dy = down ? rows.part[i] : 0;
+            const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
+            const double dx = across ? part_x[i] : 0, dy = down ? part_y[i] : 0;
             f64x4 v;
             if ((!across || inner(column, W)) && (!down || inner(row, H))) {
                 const uint8_t* p = in.at(column, row);
@@ -508,9 +512,32 @@ void planes(const Image& image, uint8_t* out) {
     }
 }
 
+// The box of the canvas that each operation is given, and at the end what is left to do: boxes[i] goes into operation i.
+void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
+    const int64_t W = job.ops_first ? job.width : job.out_w, H = job.ops_first ? job.height : job.out_h;
+    boxes.assign(job.num_ops + 1, job.ops_first ? job.crop : Box{0, 0, W, H});
+    for (int64_t i = job.num_ops; i-- > 0;) boxes[i] = needs(ops[i], boxes[i + 1], W, H);
+}
+
 }  // namespace
 
-// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], is overwritten; 64 bytes after it may be read.
+// How many of the image's rows, from the top, are looked at.
+extern "C" int64_t rows_needed(const Job* given, const Op* ops) {
+    const Job& job = *given;
+    if (job.ops_first) {
+        std::vector<Box> boxes;
+        find_boxes(job, ops, boxes);
+        return job.vflip ? job.height - boxes[0].y0 : boxes[0].y1;
+    }
+    const int64_t end = std::min(job.top + job.out_h, job.resized_h), H = job.crop.y1 - job.crop.y0;
+    if (end <= std::max<int64_t>(job.top, 0)) return 1;
+    Axis down;
+    prepare(down, H, job.resized_h, end - 1, end, job.cubic);
+    return job.crop.y0 + std::min(down.first.back() + down.taps, H);
+}
+
+// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], of which the rows that are
+// needed have to be there, is overwritten; 64 bytes after it may be read.
 extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t* out) {
     static thread_local Scratch between, result, scratch[2];
     static thread_local std::vector<Box> boxes;
@@ -518,8 +545,7 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
     Image image = {pixels, 4 * job.width, job.width, job.height, 0, 0};
     if (!job.ops_first) image = resize(image, job, between, result);
 
-    boxes.assign(job.num_ops + 1, job.ops_first ? job.crop : Box{0, 0, image.width, image.height});
-    for (int64_t i = job.num_ops; i-- > 0;) boxes[i] = needs(ops[i], boxes[i + 1], image.width, image.height);
+    find_boxes(job, ops, boxes);
     flip(image, boxes[0], job.hflip, job.vflip);
     int which = 0;
     for (int64_t i = 0; i < job.num_ops; ++i) {
@@ -541,4 +567,38 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
     }
     if (job.ops_first) image = resize(image, job, between, result);
     planes(image, out);
+}
+
+// Not pixels, but cells of a label map: pooled() of volo/token_labels/geometry.py, which says what it is. Both outputs
+// have room for bins * size numbers and get bins * R of them, of which R is returned.
+extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int64_t* cells, double* weights) {
+    const float length = std::max(end - start, 1.0f);
+    const int64_t per_bin = int64_t(std::ceil(length / float(bins))), last = size - 1;
+    const double step = double(length) / bins / per_bin;
+    std::vector<double> rows(bins * size, 0.0);
+    std::vector<int64_t> firsts(bins, 0);
+    int64_t span = 1;
+    for (int64_t bin = 0; bin < bins; ++bin) {
+        double* row = &rows[bin * size];
+        int64_t first = -1, end_of_row = 0;
+        for (int64_t i = bin * per_bin; i < (bin + 1) * per_bin; ++i) {
+            double point = double(start) + (i + 0.5) * step;
+            if (!(point >= -1 && point <= size)) continue;
+            point = std::min(std::max(point, 0.0), double(last));
+            const int64_t low = int64_t(point), high = std::min(low + 1, last);
+            row[low] += 1 - (point - low);
+            row[high] += point - low;
+            if (first < 0) first = low;
+            end_of_row = high + 1;
+        }
+        firsts[bin] = std::max<int64_t>(first, 0);
+        span = std::max(span, end_of_row - firsts[bin]);
+    }
+    for (int64_t bin = 0; bin < bins; ++bin)
+        for (int64_t i = 0; i < span; ++i) {
+            const int64_t cell = firsts[bin] + i;
+            cells[bin * span + i] = std::min(cell, last);
+            weights[bin * span + i] = cell <= last ? rows[bin * size + cell] / per_bin : 0.0;
+        }
+    return span;
 }

@@ -9,6 +9,7 @@ import functools
 import math
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,33 +57,26 @@ def why_not() -> str | None:
 
 
 class Pixels:
-    """One image as pixels.cpp takes it; making anything of it uses it up.
+    """One image that is decoded when something is made of it, which may be once, and as far down as that needs.
 
     Args:
-        array: uint8 [H, W, 4], of which the fourth channel means nothing, with spare bytes behind it.
+        height: H.
+        width: W.
+        decode: Takes a number of rows and returns the image, uint8 [H, W, 4] from :func:`reused`, of which at least
+            these rows, from the top, are there. The fourth channel means nothing.
     """
 
-    __slots__ = ("array", "height", "width")
+    __slots__ = ("height", "width", "_decode")
 
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.height, self.width, _ = array.shape
-
-    @classmethod
-    def reused(cls, height: int, width: int) -> "Pixels":
-        """Return pixels without content, in memory that the next call in this thread will hand out again."""
-        size = height * width * 4 + _SPARE
-        memory = getattr(_memory, "array", None)
-        if memory is None or len(memory) < size:
-            memory = _memory.array = np.empty(size + size // 4, np.uint8)
-        return cls(memory[: height * width * 4].reshape(height, width, 4))
+    def __init__(self, height: int, width: int, decode: Callable[[int], np.ndarray]):
+        self.height = height
+        self.width = width
+        self._decode = decode
 
     @classmethod
     def of(cls, image: Image.Image) -> "Pixels":
-        """Return a copy of an RGB image, in the memory of :meth:`reused`."""
-        pixels = cls.reused(image.height, image.width)
-        pixels.array[..., :3] = np.asarray(image)
-        return pixels
+        """Return the pixels of an RGB image."""
+        return cls(image.height, image.width, lambda rows: from_image(image))
 
     def augmented(
         self,
@@ -144,9 +138,41 @@ class Pixels:
             *(resample == _BICUBIC, _tall_first()),
             *fill,
         )
+        library = _library()
+        array = self._decode(library.rows_needed(job, ops))
+        assert array.shape == (self.height, self.width, 4) and array.flags.c_contiguous
         out = np.empty((3, *out_hw), np.uint8)
-        _library().render(self.array.ctypes.data, job, ops, out.ctypes.data)
+        library.render(array.ctypes.data, job, ops, out.ctypes.data)
         return out
+
+
+def reused(height: int, width: int) -> np.ndarray:
+    """Return uint8 [H, W, 4] of whatever, with spare bytes behind it, in memory that the thread's next call reuses.
+
+    New memory for every image would cost a tenth of what decoding it costs.
+    """
+    size = height * width * 4
+    memory = getattr(_memory, "array", None)
+    if memory is None or len(memory) < size + _SPARE:
+        memory = _memory.array = np.empty(size + size // 4 + _SPARE, np.uint8)
+    return memory[:size].reshape(height, width, 4)
+
+
+def from_image(image: Image.Image) -> np.ndarray:
+    """Return a copy of an RGB image in :func:`reused` memory."""
+    pixels = reused(image.height, image.width)
+    pixels[..., :3] = np.asarray(image)
+    return pixels
+
+
+def pool(start: float, end: float, size: int, bins: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what :func:`volo.token_labels.geometry.pooled` returns; None where nothing native can be built."""
+    library = _library()
+    if isinstance(library, str):
+        return None
+    cells, weights = np.empty(bins * size, np.int64), np.empty(bins * size)
+    span = library.pool(start, end, size, bins, cells.ctypes.data, weights.ctypes.data)
+    return cells[: bins * span].reshape(bins, span), weights[: bins * span].reshape(bins, span)
 
 
 def _pack(op: Op, height: int, width: int) -> bytes:
@@ -175,7 +201,7 @@ def _affine(op: Op, height: int, width: int) -> tuple[float, float, float, float
 
 @functools.cache
 def _tall_first() -> bool:
-    """Tell whether this Pillow resizes what shrinks more in height than in width downwards first, as it does from 13."""
+    """Tell whether this Pillow resizes what loses most of its height downwards first, as it does from 13 on."""
     image = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(8, 3) ** 2)
     return image.resize((4, 4), _BICUBIC) == image.resize((3, 4), _BICUBIC).resize((4, 4), _BICUBIC)
 
@@ -189,4 +215,10 @@ def _library() -> ctypes.CDLL | str:
         return f"The native augmentation cannot be built: {error}"
     library.render.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.render.restype = None
+    library.pool.argtypes = [
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    ]
+    library.pool.restype = ctypes.c_int64
+    library.rows_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.rows_needed.restype = ctypes.c_int64
     return library
