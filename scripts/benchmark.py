@@ -5,6 +5,7 @@
     python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
     python scripts/benchmark.py train   forward and backward pass of a training step
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
+    python scripts/benchmark.py loader --data FOLDER   images/s a core, beside timm's loader (loader --help)
 
 Every round times each of them once, one right after the other; a ratio is the median of the rounds' own ratios, so
 what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster.
@@ -38,6 +39,10 @@ Step = Callable[[], object]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["loader"]:
+        import benchmark_loader  # with options of its own
+
+        return benchmark_loader.main(sys.argv[2:], cpu_name(), print_table, show_progress)
     args = parse()
     torch.manual_seed(0)
     bench = Bench(args)

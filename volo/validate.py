@@ -85,6 +85,7 @@ def run_validation(config: Config, options: Options) -> int:
         model = build_model(config.model)
         report, classes = load_weights(model, options)
         datasets = distributed.on_main(lambda: find_datasets(config, options, classes))
+        backend = Backend(config.augment.backend)
         kernel = model.to(world.device).set_kernel(config.train.kernel)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -92,7 +93,7 @@ def run_validation(config: Config, options: Options) -> int:
         model.compile()
 
     provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
-    rows = provenance | {"pixels": str(Backend(config.augment.backend))}  # the same bytes: not part of a result
+    rows = provenance | {"pixels": str(backend)}  # the same bytes: not part of a result
     _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in rows.items()))
     rows = []
     for dataset in datasets:
