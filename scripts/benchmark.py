@@ -7,6 +7,7 @@
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
     python scripts/benchmark.py growth  time and memory against resolution
     python scripts/benchmark.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
+    python scripts/benchmark.py loader --data FOLDER   images/s a core, beside timm's loader (loader --help)
 
 Every round times each of them once, one right after the other; a ratio is the median of the rounds' own ratios, so
 what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster. "products alone" is
@@ -48,6 +49,10 @@ Step = Callable[[], object]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["loader"]:
+        import benchmark_loader  # with options of its own
+
+        return benchmark_loader.main(sys.argv[2:])
     args = parse()
     torch.manual_seed(0)
     bench = Bench(args)

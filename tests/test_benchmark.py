@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from programs import ROOT
+from sklearn.datasets import load_sample_images
 
 SCRIPT = ROOT / "scripts" / "benchmark.py"
 
@@ -51,3 +53,41 @@ def test_models_that_timm_lacks_are_refused():
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
     assert done.returncode == 2
     assert "timm has volo_d1 ... volo_d5" in done.stderr
+
+
+def test_loader_times_every_contender(tmp_path, make_photographs):
+    words = ["loader", "--data", make_photographs(5), "--img-size", "32", "--batch", "2", "--rounds", "1"]
+    words += ["--workers", "0", "1", "--target", "100", "--json", tmp_path / "out.json"]
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    compared = [row for row in result["rows"] if "who" in row]
+    assert {(row["what"], row["who"]) for row in compared} == {
+        *(("token-label recipe", who) for who in ("ours", "ours, Pillow", "published way")),
+        *((what, who) for what in ("no labels", "evaluation") for who in ("ours", "ours, Pillow", "timm")),
+    }
+    assert all(row["images/s a core"] > 0 and row["time of ours"] > 0 for row in compared)
+    assert [row["workers"] for row in result["rows"] if "workers" in row] == [0, 1]
+    stages = [row["stage"] for row in result["rows"] if "stage" in row]
+    assert stages == ["read", "header", "draw", "decode and pixels", "labels", "collate"]
+    assert len(result["notes"]) == 3 and "100 images/s would take" in result["notes"][0]
+
+
+def test_loader_names_a_folder_without_images(tmp_path):
+    for folder, reason in ((tmp_path, "holds no image"), (tmp_path / "none", "is not a folder")):
+        words = [sys.executable, SCRIPT, "loader", "--data", folder]
+        done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+        assert done.returncode != 0 and f"--data {folder} {reason}" in done.stderr
+
+
+@pytest.fixture
+def make_photographs(tmp_path):
+    def make(count: int):
+        for number in range(count):
+            folder = tmp_path / "images" / f"c{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            photograph = Image.fromarray(load_sample_images().images[number % 2])
+            photograph.crop((0, 0, 100 + number, 80)).save(folder / f"{number}.jpg")
+        return tmp_path / "images"
+
+    return make

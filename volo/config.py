@@ -158,6 +158,9 @@ class AugmentConfig:
         erase_prob: Probability of random erasing (one box of normal noise, after normalisation).
         mean: Per-channel mean of the input, in [0, 1].
         std: Per-channel standard deviation of the input, in [0, 1].
+        backend: Who computes pixels, of training images and in evaluation: "native" (C++, compiled on first use),
+            "pillow" (Pillow and timm, several times slower), or "auto": native where it can be built. The bytes are
+            the same.
     """
 
     order: Literal["timm", "reference"] = "timm"
@@ -172,6 +175,7 @@ class AugmentConfig:
     erase_prob: float = 0.25
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    backend: Literal["auto", "native", "pillow"] = "auto"
 
     def __post_init__(self):
         for name in ("hflip", "vflip", "erase_prob"):

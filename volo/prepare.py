@@ -155,7 +155,7 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
     """Return this rank's share of an evaluation."""
     return eval_loader(
         records,
-        EvalTransform(config.model.image_hw, config.eval.crop_pct, config.eval.interpolation),
+        EvalTransform(config.model.image_hw, config.eval.crop_pct, config.eval.interpolation, config.augment.backend),
         batch_size=config.eval.batch_size,
         rank=world.rank,
         world_size=world.size,

@@ -9,7 +9,7 @@ import torch
 from volo import distributed
 from volo.checkpoint import read_own_checkpoint
 from volo.config import Config
-from volo.data.augment import TrainTransform
+from volo.data.augment import Backend, TrainTransform
 from volo.distributed import World
 from volo.optim import check_optimizer
 from volo.precision import Precision
@@ -111,6 +111,7 @@ def describe(trainer: Trainer) -> str:
         ("images", f"{len(splits.train):,} to train on, {len(splits.val) if splits.val else 0:,} to evaluate on"),
         ("processes", f"{world.size} on {device}, precision {trainer.learner.precision.name}"),
         ("outlook", trainer.learner.kernel),
+        ("pixels", str(Backend(config.augment.backend))),
         ("batch", f"{plan.global_size} images a step, {plan.global_size // world.size} a process{passes}"),
         ("schedule", f"{steps} steps an epoch, {total} epochs; learning rate to {config.optim.lr:g}, not scaled"),
     ]

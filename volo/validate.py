@@ -12,7 +12,7 @@ from torch import nn
 
 from volo import distributed
 from volo.config import Config
-from volo.data.augment import EvalTransform
+from volo.data.augment import Backend, EvalTransform
 from volo.data.folders import folder_layout, scan_class_folders
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
@@ -87,6 +87,7 @@ def run_validation(config: Config, options: Options) -> int:
         datasets = distributed.on_main(lambda: find_datasets(config, options, classes))
         for dataset in datasets:
             require_shared_memory(config, None, dataset.records)
+        backend = Backend(config.augment.backend)
         kernel = model.to(world.device).set_kernel(config.train.kernel)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -94,7 +95,8 @@ def run_validation(config: Config, options: Options) -> int:
         model.compile()
 
     provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
-    _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in provenance.items()))
+    rows = provenance | {"pixels": str(backend)}  # the same bytes: not part of a result
+    _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in rows.items()))
     rows = []
     for dataset in datasets:
         rows += evaluate_dataset(model, dataset, config, precision, world, provenance)

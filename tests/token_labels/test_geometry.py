@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 from torchvision.ops import roi_align
 
 from volo.config import AugmentConfig
+from volo.data import pixels
 from volo.data.augment import Plan, TrainTransform
 from volo.data.crop import ResizedCrop
-from volo.token_labels.geometry import token_cells
+from volo.token_labels.geometry import pooled_slowly, token_cells
 from volo.token_labels.store import TokenLabelMap
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -217,3 +220,17 @@ def test_weights_are_shares():
         np.testing.assert_allclose(found.weights.sum(1)[found.valid], 1, atol=1e-6)
         np.testing.assert_allclose(found.class_weights.sum(), 1, atol=1e-6)
         assert (found.cells >= 0).all() and (found.cells < shape[0] * shape[1]).all()
+
+
+@given(
+    start=st.floats(-3, 20, width=32),
+    length=st.floats(0, 25, width=32),
+    size=st.integers(1, 20),
+    bins=st.integers(1, 24),
+)
+@settings(max_examples=200, deadline=None)
+def test_pooling_is_the_same_with_and_without_a_compiler(start, length, size, bins):
+    ends = np.float32(start), np.float32(start + length)
+    assert pixels.why_not() is None
+    for native, plain in zip(pixels.pool(*ends, size, bins), pooled_slowly(*ends, size, bins), strict=True):
+        np.testing.assert_array_equal(native, plain)

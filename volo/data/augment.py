@@ -15,7 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from volo.config import AugmentConfig
+from volo.data import pixels
 from volo.data.crop import ResizedCrop, Shift, draw_erase_box, draw_resized_crop, draw_shift
+from volo.data.pixels import Pixels
 from volo.data.rand_augment import Op, parse_rand_augment
 
 _RESAMPLES = {
@@ -23,6 +25,27 @@ _RESAMPLES = {
     "bilinear": (Image.Resampling.BILINEAR,),
     "bicubic": (Image.Resampling.BICUBIC,),
 }
+
+
+class Backend:
+    """Who computes pixels: C++ ("native") or Pillow, of which it has the bytes.
+
+    Args:
+        choice: ``augment.backend``: "native", "pillow", or "auto" for the native one where it can be built.
+
+    Raises:
+        ValueError: The native one cannot be built, but is asked for.
+    """
+
+    def __init__(self, choice: str):
+        reason = pixels.why_not() if choice != "pillow" else "as asked for"
+        if reason and choice == "native":
+            raise ValueError(f"augment.backend is 'native'. {reason}; give auto or pillow")
+        self.native = reason is None
+        self._reason = reason
+
+    def __str__(self) -> str:
+        return "native" if self.native else f"Pillow ({self._reason})"
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,7 @@ class TrainTransform:
         image_hw: Size of the network's input.
 
     Raises:
-        ValueError: ``augment.rand_augment`` is not understood.
+        ValueError: ``augment.rand_augment`` is not understood, or there is no such backend here.
     """
 
     def __init__(self, config: AugmentConfig, image_hw: tuple[int, int]):
@@ -62,6 +85,7 @@ class TrainTransform:
         self.image_hw = image_hw
         self.rand_augment = parse_rand_augment(config.rand_augment)
         self.resamples = _RESAMPLES[config.interpolation]
+        self.backend = Backend(config.backend)
         # What geometric operations uncover gets the mean colour, rounded as timm does it: (124, 116, 104).
         self.fill = tuple(min(255, round(255 * value)) for value in config.mean)
 
@@ -81,8 +105,18 @@ class TrainTransform:
             erase=draw_erase_box(rng, self.image_hw, config.erase_prob),
         )
 
-    def apply(self, image: Image.Image, plan: Plan) -> np.ndarray:
+    def apply(self, image: Image.Image | Pixels, plan: Plan) -> np.ndarray:
         """Return the uint8 array [3, H, W] that ``plan`` makes of an RGB image (erasing is left to the device)."""
+        if self.backend.native:
+            return _pixels(image).augmented(
+                self.image_hw,
+                plan.crop,
+                ops_first=plan.order == "reference",
+                hflip=plan.hflip,
+                vflip=plan.vflip,
+                ops=plan.ops,
+                fill=self.fill,
+            )
         if plan.order == "timm":
             image = plan.crop.apply(image, self.image_hw)
         if plan.hflip:
@@ -107,14 +141,22 @@ class EvalTransform:
         image_hw: Size of the network's input.
         crop_pct: Input size over resized size.
         interpolation: Resampling of the resize, "bicubic" or "bilinear".
+        backend: Who computes, see :class:`Backend`; the result is the same.
     """
 
-    def __init__(self, image_hw: tuple[int, int], crop_pct: float, interpolation: str):
+    def __init__(self, image_hw: tuple[int, int], crop_pct: float, interpolation: str, backend: str = "auto"):
         self.image_hw = tuple(image_hw)
         self.cover_hw = tuple(math.floor(side / crop_pct) for side in image_hw)
         self.interpolation = InterpolationMode(interpolation)
+        self.resample = _RESAMPLES[interpolation][0]
+        self.backend = Backend(backend)
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image | Pixels) -> np.ndarray:
+        """Return what the network sees of an RGB image, uint8 [3, H, W]."""
+        if self.backend.native:
+            resized = self._resized_hw(image.height, image.width)
+            place = tuple(_centred(side, out) for side, out in zip(resized, self.image_hw, strict=True))
+            return _pixels(image).resized(resized, place, self.image_hw, self.resample)
         image = F.resize(image, self._resized_hw(image.height, image.width), self.interpolation)
         return to_array(F.center_crop(image, self.image_hw))
 
@@ -127,6 +169,15 @@ class EvalTransform:
         # ... and rounded, as timm does it for any other.
         scale = min(height / cover_height, width / cover_width)
         return [round(height / scale), round(width / scale)]
+
+
+def _centred(side: int, out: int) -> int:
+    """Return where a centre crop begins, as torchvision rounds it; below 0 where it pads."""
+    return round((side - out) / 2) if side >= out else -((out - side) // 2)
+
+
+def _pixels(image: Image.Image | Pixels) -> Pixels:
+    return image if isinstance(image, Pixels) else Pixels.of(image)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from volo.data.augment import EvalTransform, TrainTransform
-from volo.data.decode import UnreadableImage, count_notes, read_image
+from volo.data.decode import UnreadableImage, count_notes, read_image, read_pixels
 from volo.data.records import ImageRecords
 from volo.rng import generator, torch_seed
 from volo.token_labels.geometry import TokenCells
@@ -118,10 +118,12 @@ def collate(samples: list[Sample]) -> Batch:
 class _Images(torch.utils.data.Dataset):
     """Files, labels and how to read one."""
 
-    def __init__(self, records: ImageRecords, exif: str):
+    def __init__(self, records: ImageRecords, transform: TrainTransform | EvalTransform, exif: str):
         self.records = records
         self.labels = records.labels
+        self.transform = transform
         self.exif = exif
+        self._decode = read_pixels if transform.backend.native else read_image
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,7 +133,7 @@ class _Images(torch.utils.data.Dataset):
         return self.records.location(index)
 
     def read(self, index: int):
-        return read_image(self.records.read(index), self.name(index), self.exif)
+        return self._decode(self.records.read(index), self.name(index), self.exif)
 
 
 class TrainImages(_Images):
@@ -156,8 +158,7 @@ class TrainImages(_Images):
         exif: str,
         token_labels: LabelSource | None = None,
     ):
-        super().__init__(records, exif)
-        self.transform = transform
+        super().__init__(records, transform, exif)
         self.token_labels = token_labels
         self.seed = seed
         self.on_error = on_error
@@ -182,14 +183,15 @@ class TrainImages(_Images):
         label = int(self.labels[index])
         try:
             image, notes = self.read(index)
+            size = (image.height, image.width)
+            plan = self.transform.draw(rng, image.width, image.height)
+            pixels = self.transform.apply(image, plan)  # native pixels are decoded here
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        plan = self.transform.draw(rng, *image.size)
-        pixels = self.transform.apply(image, plan)
         cells = None
         if self.token_labels is not None:
             try:
-                cells = self.token_labels.cells(index, plan, (image.height, image.width), self.transform.image_hw)
+                cells = self.token_labels.cells(index, plan, size, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
         return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_cells=cells)
@@ -199,13 +201,13 @@ class EvalImages(_Images):
     """Evaluation samples by index; an unreadable file gives a sample without an image, with the reason."""
 
     def __init__(self, records: ImageRecords, transform: EvalTransform, exif: str):
-        super().__init__(records, exif)
-        self.transform = transform
+        super().__init__(records, transform, exif)
 
     def __getitem__(self, index: int) -> Sample:
         label = int(self.labels[index])
         try:
             image, notes = self.read(index)
+            pixels = self.transform(image)
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, self.transform(image), label, notes=notes)
+        return Sample(index, pixels, label, notes=notes)

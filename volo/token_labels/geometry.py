@@ -16,10 +16,12 @@ of a canvas, with pixel i covering [i, i + 1).
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from volo.data import pixels
 from volo.data.augment import Plan
 from volo.data.crop import ResizedCrop
 from volo.data.rand_augment import Op
@@ -140,11 +142,12 @@ def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:
 
 def follow(maps: list[np.ndarray], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lead ``points`` [..., 2] through ``maps``; return where they end and whether every canvas contained them."""
-    inside = np.ones(points.shape[:-1], dtype=bool)
-    for matrix in maps:
-        points = points @ matrix[:, :2].T + matrix[:, 2]
-        inside &= ((points >= 0) & (points <= 1)).all(-1)
-    return points, inside
+    x, y = points[..., 0], points[..., 1]
+    inside = np.ones(x.shape, dtype=bool)
+    for (a, b, c), (d, e, f) in (matrix.tolist() for matrix in maps):
+        x, y = a * x + b * y + c, d * x + e * y + f
+        inside &= (np.minimum(x, y) >= 0) & (np.maximum(x, y) <= 1)
+    return np.stack([x, y], -1), inside
 
 
 def _aligned_cells(labels: TokenLabelMap, maps: list[np.ndarray], grid: tuple[int, int]) -> TokenCells:
@@ -176,6 +179,7 @@ def _aligned_cells(labels: TokenLabelMap, maps: list[np.ndarray], grid: tuple[in
     )
 
 
+@lru_cache
 def _token_points(grid: tuple[int, int], per_axis: tuple[int, int]) -> np.ndarray:
     """Return points [N, P, 2], (x, y), spread evenly over each token; P = product of ``per_axis`` (rows, columns)."""
     rows, columns = ((np.arange(side * p) + 0.5) / (side * p) for side, p in zip(grid, per_axis, strict=True))
@@ -191,14 +195,27 @@ def _between_cells(points: np.ndarray, height: int, width: int) -> tuple[np.ndar
     The centre of cell (i, j) lies at ((j + 0.5) / width, (i + 0.5) / height); outside the outermost centres the
     outermost cells hold.
     """
-    x = np.clip(points[..., 0] * width - 0.5, 0, width - 1)
-    y = np.clip(points[..., 1] * height - 0.5, 0, height - 1)
+    x = np.minimum(np.maximum(points[..., 0] * width - 0.5, 0), width - 1)
+    y = np.minimum(np.maximum(points[..., 1] * height - 0.5, 0), height - 1)
     left, top = np.minimum(x.astype(np.int64), max(width - 2, 0)), np.minimum(y.astype(np.int64), max(height - 2, 0))
-    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     dx, dy = x - left, y - top
-    cells = np.stack([top * width + left, top * width + right, bottom * width + left, bottom * width + right], -1)
-    weights = np.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], -1)
+    cells = np.empty((*x.shape, 4), np.int64)
+    cells[..., 0] = top * width + left
+    # Where the map is one cell wide or high, left and right, top and bottom are the same.
+    cells[..., 1:] = cells[..., :1] + _beside(height, width)
+    weights = np.empty((*x.shape, 4))
+    weights[..., 1] = (1 - dy) * dx
+    weights[..., 3] = dy * dx
+    weights[..., 0] = 1 - dy - weights[..., 1]
+    weights[..., 2] = dy - weights[..., 3]
     return cells, weights
+
+
+@lru_cache
+def _beside(height: int, width: int) -> np.ndarray:
+    """Return how far the cells to the right, below, and below to the right are from a cell."""
+    right, below = min(1, width - 1), width * min(1, height - 1)
+    return np.array([right, below, below + right])
 
 
 # ---------------------------------------------------------------------------------------------- reference
@@ -213,7 +230,7 @@ def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int
         scores, classes = scores[:, ::-1], classes[:, ::-1]
     for op in plan.ops:
         if op.resample is not None:
-            scores, classes = _warp(scores, op, fill_outside=True), _warp(classes, op, fill_outside=False)
+            scores, classes = warp(scores, classes, op)
 
     height, width = scores.shape[1:]
     crop = plan.crop
@@ -225,30 +242,29 @@ def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int
     )
     corners[2:] += corners[:2]
     x1, y1, x2, y2 = corners * np.float32(width) - np.float32(0.5)
-    rows, row_weights = _pooled(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
-    columns, column_weights = _pooled(x1, x2, width, grid[1])
+    rows, row_weights = pooled(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
+    columns, column_weights = pooled(x1, x2, width, grid[1])
     cells = rows[:, None, :, None] * width + columns[None, :, None, :]  # [L_h, L_w, R, R']
     weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
 
     num_tokens = grid[0] * grid[1]
-    all_rows, all_columns = _axis_weights(y1, y2, height, 1), _axis_weights(x1, x2, width, 1)  # [1, h], [1, w]
     return TokenCells(
         np.ascontiguousarray(scores.reshape(len(scores), -1)),
         np.ascontiguousarray(classes.reshape(len(classes), -1)),
         cells.reshape(num_tokens, -1),
         weights.reshape(num_tokens, -1).astype(np.float32),
-        (all_rows.T @ all_columns).ravel().astype(np.float32),
+        np.outer(_whole(y1, y2, height), _whole(x1, x2, width)).ravel().astype(np.float32),
         np.ones(num_tokens, dtype=bool),
     )
 
 
-def _warp(planes: np.ndarray, op: Op, fill_outside: bool) -> np.ndarray:
+def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, np.ndarray]:
     """Warp planes [k, h, w] to the nearest cell, in cell indices, as the published code warps its labels.
 
-    Outside, 0 is filled in, or the nearest cell on the edge is repeated.
+    Outside, scores become 0, and classes are those of the nearest cell on the edge.
     """
-    height, width = planes.shape[1:]
-    row, column = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    height, width = scores.shape[1:]
+    row, column = np.arange(height, dtype=np.float64)[:, None], np.arange(width, dtype=np.float64)
     value = op.args[0]
     if op.name == "ShearX":
         column = column + value * row
@@ -262,36 +278,48 @@ def _warp(planes: np.ndarray, op: Op, fill_outside: bool) -> np.ndarray:
         cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
         r, c = row - height / 2, column - width / 2
         row, column = cos * r + sin * c + height / 2, -sin * r + cos * c + width / 2
+    nearest_row = (np.minimum(np.maximum(row, 0), height - 1) + 0.5).astype(np.int64)
+    nearest_column = (np.minimum(np.maximum(column, 0), width - 1) + 0.5).astype(np.int64)
     inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
-    nearest_row = np.floor(np.clip(row, 0, height - 1) + 0.5).astype(np.int64)
-    nearest_column = np.floor(np.clip(column, 0, width - 1) + 0.5).astype(np.int64)
-    warped = planes[:, nearest_row, nearest_column]
-    return np.where(inside, warped, 0).astype(planes.dtype) if fill_outside else warped
+    return scores[:, nearest_row, nearest_column] * inside, classes[:, nearest_row, nearest_column]
 
 
-def _axis_weights(start: np.float32, end: np.float32, size: int, bins: int) -> np.ndarray:
-    """Return the weight [bins, size] of each cell in each bin of roi_align (not aligned, adaptive) along one axis.
+def pooled(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cells that count in each bin of roi_align (not aligned, adaptive) along one axis, and their weights.
 
-    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least
-    one cell long, and points beyond one cell outside count nothing.
+    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least one
+    cell long, and points beyond one cell outside count nothing. Both arrays are [bins, R].
     """
+    return pixels.pool(start, end, size, bins) or pooled_slowly(start, end, size, bins)
+
+
+def pooled_slowly(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """What :func:`pooled` does, without a compiler. In plain numbers: they are few, and arrays would take longer."""
     length = np.maximum(end - start, np.float32(1))  # in float32 like roi_align, whose ceil() hangs on it
     per_bin = math.ceil(length / np.float32(bins))
-    points = float(start) + (np.arange(bins * per_bin) + 0.5) * (float(length) / bins / per_bin)
-    counted = (points >= -1) & (points <= size)
-    low = np.minimum(np.maximum(points, 0).astype(np.int64), size - 1)
-    high = np.minimum(low + 1, size - 1)
-    share = np.where(low == size - 1, 0.0, np.maximum(points, 0) - low)
-    weights = np.zeros((bins * per_bin, size))
-    index = np.arange(bins * per_bin)
-    np.add.at(weights, (index, low), (1 - share) * counted)
-    np.add.at(weights, (index, high), share * counted)
-    return weights.reshape(bins, per_bin, size).mean(1)
+    start, step = float(start), float(length) / bins / per_bin
+    last, firsts, rows = size - 1, [], []
+    for number in range(bins):
+        first, row = 0, []  # the weights of the cells from the first on
+        for i in range(number * per_bin, (number + 1) * per_bin):
+            point = start + (i + 0.5) * step
+            if not -1 <= point <= size:
+                continue
+            point = min(max(point, 0.0), last)
+            low = int(point)
+            if not row:
+                first = low
+            row += [0.0] * (min(low + 1, last) - first + 1 - len(row))
+            row[low - first] += 1 - (point - low)
+            row[-1] += point - low
+        firsts.append(first)
+        rows.append(row)
+    span = max(max(map(len, rows)), 1)
+    weights = np.array([row + [0.0] * (span - len(row)) for row in rows]) / per_bin
+    return np.minimum(np.array(firsts)[:, None] + np.arange(span), last), weights
 
 
-def _pooled(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells that have a weight in each bin, and the weights, [bins, R] each."""
-    weights = _axis_weights(start, end, size, bins)
-    span = max(int((weights > 0).sum(1).max()), 1)
-    cells = np.argsort(-weights, axis=1, kind="stable")[:, :span]
-    return cells, np.take_along_axis(weights, cells, axis=1)
+def _whole(start: np.float32, end: np.float32, size: int) -> np.ndarray:
+    """Return the weight of every cell, [size], in one bin of roi_align along one axis."""
+    cells, weights = pooled(start, end, size, 1)
+    return np.bincount(cells[0], weights[0], minlength=size)

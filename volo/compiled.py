@@ -1,0 +1,88 @@
+"""The project's C++ files as libraries: compiled on first use, kept in torch's extension cache, found again.
+
+The compiler is called directly. torch.utils.cpp_extension would ask for ninja and the headers of Python and torch,
+which these files do without; it waits for ever on the lock of a build that was killed; and it would load what was built
+for another CPU where machines share a home folder. Here the library's name says what it was built from and for, and
+it gets that name only when it is complete. Processes that start together may each build it: the same file every time.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+_FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-shared"]
+_SECONDS = 300  # a compiler that takes longer hangs
+
+
+class NoLibrary(Exception):
+    """A file that cannot be compiled or loaded here; the message is one line."""
+
+
+def library(source: Path, flags: Sequence[str], name: str) -> ctypes.CDLL:
+    """Return the library of a C++ file, which may be built by this call.
+
+    Args:
+        source: The file.
+        flags: Options of the compiler, beside those that every file gets.
+        name: What the library's name begins with.
+
+    Raises:
+        NoLibrary: No compiler, one that fails or hangs, or no place to write.
+    """
+    try:
+        return ctypes.CDLL(str(_build(source, [*_FLAGS, *flags], name)))
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(str(error)) from error
+
+
+def _build(source: Path, flags: list[str], name: str) -> Path:
+    """Return the path of the library for this source, compiler and CPU; compile it where it is not there yet."""
+    compiler = _compiler()
+    # The macros of the compiler name its version and every extension of this CPU that it will use.
+    macros = _run([*compiler, *flags, "-x", "c++", "-dM", "-E", os.devnull])
+    key = hashlib.sha256("\0".join([source.read_text(), *flags, macros]).encode()).hexdigest()[:16]
+    path = _cache_folder() / f"{name}_{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+            built = Path(folder, path.name)
+            _run([*compiler, *flags, str(source), "-o", str(built)])
+            built.replace(path)
+    return path
+
+
+def _cache_folder() -> Path:
+    """Return where torch keeps extensions, without importing its loader, which warns on machines without CUDA."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"), "volo")
+
+
+def _compiler() -> list[str]:
+    """Return the compiler in CXX, which may hold options too, else the first that is installed."""
+    candidates = [shlex.split(os.environ.get("CXX", ""))]
+    if not candidates[0]:
+        candidates = [["c++"], ["g++"], ["clang++"]]
+    for candidate in candidates:
+        if shutil.which(candidate[0]):
+            return candidate
+    names = ", ".join(candidate[0] for candidate in candidates)
+    raise RuntimeError(f"no C++ compiler was found ({names}); install one or name it in CXX")
+
+
+def _run(command: list[str]) -> str:
+    """Return what the compiler prints. Raises RuntimeError with the first line that says error."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+    )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in lines if "error" in line.lower()] + lines
+        reason = lines[0] if lines else f"it ended with {done.returncode}"
+        raise RuntimeError(f"{command[0]} failed: {reason}")
+    return done.stdout
