@@ -14,7 +14,7 @@ from PIL import Image
 from programs import DONE, FAILED, ROOT, USAGE, environment, picture, run
 
 from volo.config import DataConfig
-from volo.data import archives
+from volo.data import archive_index
 from volo.data.archives import ArchiveSource
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
@@ -100,7 +100,7 @@ def test_after_indexing_training_need_not(source, images, monkeypatch):
     ended = prepare("index", source, *EXPECT).assert_done()
     assert "train 11 images, val 7 images, as many as there are to be" in ended.out
     assert f"--data.root {source}" in ended.out
-    monkeypatch.setattr(archives, "_go_through", None)
+    monkeypatch.setattr(archive_index, "_go_through", None)
     data = DataConfig(str(source), cache=str(source.parent / "cache"))
     records = open_split(data, "train", "").records(CLASSES)
     assert [records.read(i) for i in range(11)] == [images["train"][name] for name in sorted(images["train"])]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from volo.config import DataConfig
-from volo.data import archives, ranges
+from volo.data import archive_index, ranges
 from volo.data.archives import ArchiveSplit
 from volo.data.decode import UnreadableImage
 from volo.data.formats import open_split
@@ -142,8 +142,8 @@ def test_patterns_and_what_they_do_not_find(tmp_path):
 def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     gone_through = []
-    plain = archives._go_through
-    monkeypatch.setattr(archives, "_go_through", lambda *words: gone_through.append(words) or plain(*words))
+    plain = archive_index._go_through
+    monkeypatch.setattr(archive_index, "_go_through", lambda *words: gone_through.append(words) or plain(*words))
 
     def names() -> list[str]:
         split = ArchiveSplit([str(path)], "here", Manifests(tmp_path / "cache"))
