@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -108,6 +109,24 @@ def test_others_take_over_and_the_run_is_the_same(records, caplog, workers, at):
     assert loader.lost_workers == 1 or (at == 10 and loader.lost_workers == 0)
     assert len(caplog.records) == loader.lost_workers
     assert all("others take over, and nothing is lost" in record.getMessage() for record in caplog.records)
+
+
+def test_a_worker_that_is_killed_with_a_lock_in_hand(records, monkeypatch):
+    """Workers look before every batch at an event that they share with the main process."""
+    get = TrainImages.__getitem__
+
+    def die(self, key):
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            frame = frame.f_back
+        if hasattr(frame.f_locals["done_event"], "_cond"):
+            frame.f_locals["done_event"]._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TrainImages, "__getitem__", lambda self, key: (die if key[1] == 7 else get)(self, key))
+    loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=2)
+    with pytest.raises(WorkerFailed, match="was ended by SIGKILL"):
+        list(loader.epoch(0))
 
 
 def test_evaluation_goes_on_with_others(records):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -112,7 +113,8 @@ class _Pass:
         # Where processes can fork they do: the workers then share the list of files. They stay clear of CUDA, and
         # DataLoader gives each of them one thread.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        context = multiprocessing.get_context(method)
+        context = type(multiprocessing.get_context(method))()  # one of our own
+        context.Event = lambda: _Flag(context)
         self._at = context.RawArray("q", [_IDLE] * workers)  # the image that each worker is reading
         loader = DataLoader(
             _Watched(dataset, self._at),
@@ -190,6 +192,23 @@ class _Pass:
         held = [self._batches]
         self._batches = iter(())
         threading.Thread(target=held.clear, daemon=True).start()
+
+
+class _Flag:
+    """What DataLoader needs of an event, without a lock.
+
+    A multiprocessing.Event takes a lock to be looked at, and workers look at it before every batch: where one is killed
+    with the lock in hand, everybody else who looks waits for ever, the main process first.
+    """
+
+    def __init__(self, context: BaseContext):
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
 
 
 class _Watched(Dataset):
