@@ -159,7 +159,7 @@ class AugmentConfig:
         mean: Per-channel mean of the input, in [0, 1].
         std: Per-channel standard deviation of the input, in [0, 1].
         backend: Who computes pixels, of training images and in evaluation: "native" (C++, compiled on first use),
-            "pillow" (Pillow and timm, several times slower), or "auto": native where it can be built. The bytes are
+            "pillow" (Pillow and timm, half as fast or less), or "auto": native where it can be built. The bytes are
             the same.
     """
 
