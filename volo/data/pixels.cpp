@@ -266,7 +266,7 @@ struct Points {
 
 // across, down: whether points lie between columns, between rows. Rotation needs both, shear and translation one.
 template <bool cubic, bool across, bool down>
-void warp(const Image& in, const Image& out, Box box, const double* m, const uint8_t* fill) {
+void warp(const Image in, const Image out, const Box box, const double* m, const uint8_t* fill) {
     static thread_local Points kept_columns, kept_rows;
     Points &columns = kept_columns, &rows = kept_rows;
     const int64_t W = in.width, H = in.height, n = box.x1 - box.x0;
@@ -279,23 +279,38 @@ void warp(const Image& in, const Image& out, Box box, const double* m, const uin
         const double *sx = columns.place.data(), *sy = rows.place.data();
         const double *part_x = columns.part.data(), *part_y = rows.part.data();
         const int32_t *cell_x = columns.cell.data(), *cell_y = rows.cell.data();
+        const auto at = [&](int64_t i) {
+            const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
+            const uint8_t* p = in.at(column, row);
+            const int64_t step = in.stride;
+            return mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, across ? part_x[i] : 0,
+                                              down ? part_y[i] : 0);
+        };
+        const auto whole = [&](int64_t i) {  // all of its neighbours are there, and so is the point itself
+            return (!across || inner(cell_x[i], W)) && (!down || inner(cell_y[i], H));
+        };
+        // Coordinates rise or fall along a row, to their last bit: between two such points lie no others.
+        int64_t first = 0, end = n;
+        while (first < n && !whole(first)) ++first;
+        while (end > first && !whole(end - 1)) --end;
+        for (int64_t i = first; i < end; ++i) store(__builtin_convertvector(at(i), i32x4), to + 4 * i);
         for (int64_t i = 0; i < n; ++i, to += 4) {
+            if (i == first && first < end) {
+                to += 4 * (end - first);
+                i = end;
+                if (i == n) break;
+            }
             if ((across && !(sx[i] >= 0 && sx[i] < W)) || (down && !(sy[i] >= 0 && sy[i] < H))) {
                 std::memcpy(to, fill, 4);
                 continue;
             }
             const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
             const double dx = across ? part_x[i] : 0, dy = down ? part_y[i] : 0;
-            f64x4 v;
-            if ((!across || inner(column, W)) && (!down || inner(row, H))) {
-                const uint8_t* p = in.at(column, row);
-                const int64_t step = in.stride;
-                v = mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, dx, dy);
-            } else {  // beyond the edge lies what is on the edge
-                const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
-                const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
-                v = mixed<cubic, across, down>(p(-1), p(0), p(1), p(2), x(-1) - x(0), x(1) - x(0), x(2) - x(0), dx, dy);
-            }
+            // Beyond the edge lies what is on the edge.
+            const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
+            const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
+            const f64x4 v =
+                mixed<cubic, across, down>(p(-1), p(0), p(1), p(2), x(-1) - x(0), x(1) - x(0), x(2) - x(0), dx, dy);
             store(__builtin_convertvector(v, i32x4), to);
         }
     }
@@ -364,7 +379,7 @@ constexpr int bits = 32 - 8 - 2;
 struct Axis {  // which pixels of the input make each of some pixels of the output, and their weights
     std::vector<int64_t> first;
     std::vector<int32_t> weights;  // `taps` for each, an even number
-    std::vector<int32_t> spread;   // each of them four times, for four channels
+    std::vector<int32_t> spread;   // the same, laid out for resize_across
     int64_t taps;
 };
 
@@ -410,7 +425,55 @@ void prepare(Axis& axis, int64_t in, int64_t out, int64_t begin, int64_t end, bo
         std::fill_n(to, beyond, 0);
     }
     axis.taps = kept;
-    axis.spread.resize((end - begin) * kept * 4);
+}
+
+#ifdef __AVX2__
+constexpr int at_once = 4;  // taps of resize_rows
+
+// A weight is 32768 * high + low, both of 16 bits: two products of a pair of taps are one instruction.
+void lay_out(Axis& axis) {
+    const int64_t count = axis.first.size(), groups = (axis.taps + at_once - 1) / at_once;
+    axis.spread.resize(count * groups * 16);
+    int32_t* to = axis.spread.data();
+    for (int64_t o = 0; o < count; ++o)
+        for (int64_t i = 0; i < groups * at_once; i += at_once, to += 16)
+            for (int64_t pair = 0; pair < 2; ++pair) {
+                const auto weight = [&](int64_t t) { return t < axis.taps ? axis.weights[o * axis.taps + t] : 0; };
+                const int32_t a = weight(i + 2 * pair), b = weight(i + 2 * pair + 1);
+                const int32_t low = (a & 32767) | (b & 32767) << 16;
+                const int32_t high = int32_t(uint32_t(a >> 15 & 65535) | uint32_t(b >> 15) << 16);
+                std::fill_n(to + 4 * pair, 4, low), std::fill_n(to + 8 + 4 * pair, 4, high);
+            }
+}
+
+template <int rows>
+void resize_rows(const Axis& axis, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
+    const int64_t count = axis.first.size(), taps = axis.taps;
+    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,  //
+                                           8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
+    const __m256i* w = reinterpret_cast<const __m256i*>(axis.spread.data());
+    for (int64_t o = 0; o < count; ++o) {
+        const uint8_t* p = in + 4 * axis.first[o];
+        i32x8 lows[rows] = {}, highs[rows] = {};
+        for (int64_t i = 0; i < taps; i += at_once, w += 2) {
+            const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+            for (int r = 0; r < rows; ++r) {
+                const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride + 4 * i));
+                const __m256i values = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(four), pairs);
+                lows[r] += i32x8(_mm256_madd_epi16(values, low));
+                highs[r] += i32x8(_mm256_madd_epi16(values, high));
+            }
+        }
+        for (int r = 0; r < rows; ++r) {
+            const __m256i sum = __m256i(lows[r] + (highs[r] << 15));
+            const i32x4 half[2] = {i32x4(_mm256_castsi256_si128(sum)), i32x4(_mm256_extracti128_si256(sum, 1))};
+            store((half[0] + half[1] + (1 << (bits - 1))) >> bits, out + r * step + 4 * o);
+        }
+    }
+}
+#else
+void lay_out(Axis& axis) {  // each weight four times, for four channels
+    axis.spread.resize(axis.weights.size() * 4);
     for (size_t i = 0; i < axis.spread.size(); ++i) axis.spread[i] = axis.weights[i / 4];
 }
 
@@ -433,6 +496,7 @@ void resize_rows(const Axis& axis, const uint8_t* in, int64_t stride, uint8_t* o
         }
     }
 }
+#endif
 
 void resize_across(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
     int64_t y = 0;
@@ -473,6 +537,7 @@ Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result)
     static thread_local Axis across, down;
     const int64_t W = job.crop.x1 - job.crop.x0, H = job.crop.y1 - job.crop.y0, columns = x1 - x0, lines = y1 - y0;
     prepare(across, W, job.resized_w, x0, x1, job.cubic);
+    lay_out(across);
     prepare(down, H, job.resized_h, y0, y1, job.cubic);
     // What is read of the crop; `first` never falls. An odd count of taps was made even with a weight of 0.
     const int64_t left = across.first.front(), right = std::min(across.first.back() + across.taps, W);
@@ -504,7 +569,21 @@ void planes(const Image& image, uint8_t* out) {
     for (int64_t y = 0; y < image.height; ++y) {
         const uint8_t* p = image.at(0, y);
         uint8_t* to = out + y * image.width;
-        for (int64_t x = 0; x < image.width; ++x) {
+        int64_t x = 0;
+#ifdef __AVX2__
+        const __m256i by_channel = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        for (; x + 8 <= image.width; x += 8) {
+            const __m256i pixels = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * x));
+            const __m256i fours = _mm256_shuffle_epi8(pixels, by_channel);
+            const __m256i eights = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            const __m128i red_green = _mm256_castsi256_si128(eights);
+            _mm_storeu_si64(to + x, red_green);
+            _mm_storeu_si64(to + x + area, _mm_unpackhi_epi64(red_green, red_green));
+            _mm_storeu_si64(to + x + 2 * area, _mm256_extracti128_si256(eights, 1));
+        }
+#endif
+        for (; x < image.width; ++x) {
             to[x] = p[4 * x];
             to[x + area] = p[4 * x + 1];
             to[x + 2 * area] = p[4 * x + 2];
