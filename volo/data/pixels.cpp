@@ -648,9 +648,11 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
     planes(image, out);
 }
 
-// Not pixels, but cells of a label map: pooled() of volo/token_labels/geometry.py, which says what it is. Both outputs
-// have room for bins * size numbers and get bins * R of them, of which R is returned.
-extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int64_t* cells, double* weights) {
+// Not pixels, but cells of a label map: pooled_slowly() of volo/token_labels/geometry.py, which says what it is.
+namespace {
+
+int64_t pool(float start, float end, int64_t size, int64_t bins, std::vector<int64_t>& cells,
+             std::vector<double>& weights) {
     const float length = std::max(end - start, 1.0f);
     const int64_t per_bin = int64_t(std::ceil(length / float(bins))), last = size - 1;
     const double step = double(length) / bins / per_bin;
@@ -673,6 +675,7 @@ extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int6
         firsts[bin] = std::max<int64_t>(first, 0);
         span = std::max(span, end_of_row - firsts[bin]);
     }
+    cells.resize(bins * span), weights.resize(bins * span);
     for (int64_t bin = 0; bin < bins; ++bin)
         for (int64_t i = 0; i < span; ++i) {
             const int64_t cell = firsts[bin] + i;
@@ -680,4 +683,32 @@ extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int6
             weights[bin * span + i] = cell <= last ? rows[bin * size + cell] / per_bin : 0.0;
         }
     return span;
+}
+
+}  // namespace
+
+// roi_slowly() of volo/token_labels/geometry.py, which says what it is. `box` is x1, y1, x2, y2. Returns Q; the
+// caller makes room for as many cells as there can be.
+extern "C" int64_t roi(const float* box, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w, int64_t* cells,
+                       float* weights, float* class_weights) {
+    static thread_local std::vector<int64_t> rows, columns;
+    static thread_local std::vector<double> row_weights, column_weights, whole;
+    const int64_t R = pool(box[1], box[3], height, grid_h, rows, row_weights);
+    const int64_t C = pool(box[0], box[2], width, grid_w, columns, column_weights);
+    for (int64_t i = 0; i < grid_h; ++i)
+        for (int64_t j = 0; j < grid_w; ++j)
+            for (int64_t r = i * R; r < (i + 1) * R; ++r)
+                for (int64_t c = j * C; c < (j + 1) * C; ++c) {
+                    *cells++ = rows[r] * width + columns[c];
+                    *weights++ = float(row_weights[r] * column_weights[c]);
+                }
+    const int64_t size[2] = {width, height};
+    whole.assign(width + height, 0.0);  // of columns, then of rows
+    for (int axis = 0; axis < 2; ++axis) {
+        const int64_t n = pool(box[axis], box[axis + 2], size[axis], 1, columns, column_weights);
+        for (int64_t i = 0; i < n; ++i) whole[axis * width + columns[i]] += column_weights[i];
+    }
+    for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x) *class_weights++ = float(whole[width + y] * whole[x]);
+    return R * C;
 }
