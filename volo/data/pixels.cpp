@@ -47,6 +47,7 @@ typedef double f64x4 __attribute__((vector_size(32)));
 #ifdef __AVX2__
 inline i32x4 load(const uint8_t* p) { return i32x4(_mm_cvtepu8_epi32(_mm_loadu_si32(p))); }
 inline i32x8 load_two(const uint8_t* p) { return i32x8(_mm256_cvtepu8_epi32(_mm_loadu_si64(p))); }
+inline f64x4 wide(i32x4 v) { return f64x4(_mm256_cvtepi32_pd(__m128i(v))); }
 inline void store(i32x4 v, uint8_t* p) {  // what is outside 0 ... 255 is clipped
     const __m128i words = _mm_packus_epi32(__m128i(v), __m128i(v));
     _mm_storeu_si32(p, _mm_packus_epi16(words, words));
@@ -74,6 +75,7 @@ template <class Bytes, class V> inline void write(V v, uint8_t* p) {
 }
 inline i32x4 load(const uint8_t* p) { return read<u8x4, i32x4>(p); }
 inline i32x8 load_two(const uint8_t* p) { return read<u8x8, i32x8>(p); }
+inline f64x4 wide(i32x4 v) { return __builtin_convertvector(v, f64x4); }
 inline void store(i32x4 v, uint8_t* p) { write<u8x4>(v, p); }  // what is outside 0 ... 255 is clipped
 inline void store_two(i32x8 v, uint8_t* p) { write<u8x8>(v, p); }
 #endif
@@ -223,7 +225,6 @@ void sharpen(const Image& in, const Image& out, Box box, float alpha) {
 
 // Between b and c of four neighbours: linear, or the cubic of Pillow's transforms. In integers first, as it is exact.
 template <bool cubic> inline f64x4 between(const uint8_t* p, int64_t a, int64_t c, int64_t d, double t) {
-    const auto wide = [](i32x4 v) { return __builtin_convertvector(v, f64x4); };
     const i32x4 pb = load(p), pc = load(p + c);
     if constexpr (!cubic) return wide(pb) + wide(pc - pb) * t;
     const i32x4 pa = load(p + a), pd = load(p + d);
@@ -239,7 +240,7 @@ inline f64x4 mixed(const uint8_t* pa, const uint8_t* pb, const uint8_t* pc, cons
                    int64_t d, double dx, double dy) {
     const auto row = [&](const uint8_t* p) {
         if constexpr (across) return between<cubic>(p, a, c, d, dx);
-        else return __builtin_convertvector(load(p), f64x4);
+        else return wide(load(p));
     };
     if constexpr (!down) return row(pb);
     else if constexpr (!cubic) return row(pb) + (row(pc) - row(pb)) * dy;
@@ -255,7 +256,20 @@ struct Points {
         double *__restrict place_ = place.data(), *__restrict part_ = part.data();
         int32_t* __restrict cell_ = cell.data();
         const double py = y + 0.5, a = m[0], b = m[1], c = m[2];
-        for (int32_t i = 0; i < int32_t(n); ++i) {
+        int32_t i = 0;
+#ifdef __AVX2__
+        const __m256d half = _mm256_set1_pd(0.5), steep = _mm256_set1_pd(a), row = _mm256_set1_pd(b * py);
+        for (; i + 4 <= int32_t(n); i += 4) {
+            const __m128i at_x = _mm_add_epi32(_mm_set1_epi32(int32_t(x0) + i), _mm_setr_epi32(0, 1, 2, 3));
+            const __m256d px = _mm256_add_pd(_mm256_cvtepi32_pd(at_x), half);
+            const __m256d at = _mm256_add_pd(_mm256_add_pd(_mm256_mul_pd(steep, px), row), _mm256_set1_pd(c));
+            const __m256d behind = _mm256_sub_pd(at, half), low = _mm256_floor_pd(behind);
+            _mm256_storeu_pd(place_ + i, at);
+            _mm256_storeu_pd(part_ + i, _mm256_sub_pd(behind, low));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(cell_ + i), _mm256_cvttpd_epi32(low));
+        }
+#endif
+        for (; i < int32_t(n); ++i) {
             const double px = (int32_t(x0) + i) + 0.5, at = a * px + b * py + c, low = std::floor(at - 0.5);
             place_[i] = at;
             part_[i] = at - 0.5 - low;
