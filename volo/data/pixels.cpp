@@ -393,7 +393,7 @@ constexpr int bits = 32 - 8 - 2;
 struct Axis {  // which pixels of the input make each of some pixels of the output, and their weights
     std::vector<int64_t> first;
     std::vector<int32_t> weights;  // `taps` for each, an even number
-    std::vector<int32_t> spread;   // the same, laid out for resize_across
+    std::vector<int32_t> spread;   // each of them four times, for four channels
     int64_t taps;
 };
 
@@ -439,55 +439,7 @@ void prepare(Axis& axis, int64_t in, int64_t out, int64_t begin, int64_t end, bo
         std::fill_n(to, beyond, 0);
     }
     axis.taps = kept;
-}
-
-#ifdef __AVX2__
-constexpr int at_once = 4;  // taps of resize_rows
-
-// A weight is 32768 * high + low, both of 16 bits: two products of a pair of taps are one instruction.
-void lay_out(Axis& axis) {
-    const int64_t count = axis.first.size(), groups = (axis.taps + at_once - 1) / at_once;
-    axis.spread.resize(count * groups * 16);
-    int32_t* to = axis.spread.data();
-    for (int64_t o = 0; o < count; ++o)
-        for (int64_t i = 0; i < groups * at_once; i += at_once, to += 16)
-            for (int64_t pair = 0; pair < 2; ++pair) {
-                const auto weight = [&](int64_t t) { return t < axis.taps ? axis.weights[o * axis.taps + t] : 0; };
-                const int32_t a = weight(i + 2 * pair), b = weight(i + 2 * pair + 1);
-                const int32_t low = (a & 32767) | (b & 32767) << 16;
-                const int32_t high = int32_t(uint32_t(a >> 15 & 65535) | uint32_t(b >> 15) << 16);
-                std::fill_n(to + 4 * pair, 4, low), std::fill_n(to + 8 + 4 * pair, 4, high);
-            }
-}
-
-template <int rows>
-void resize_rows(const Axis& axis, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
-    const int64_t count = axis.first.size(), taps = axis.taps;
-    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,  //
-                                           8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
-    const __m256i* w = reinterpret_cast<const __m256i*>(axis.spread.data());
-    for (int64_t o = 0; o < count; ++o) {
-        const uint8_t* p = in + 4 * axis.first[o];
-        i32x8 lows[rows] = {}, highs[rows] = {};
-        for (int64_t i = 0; i < taps; i += at_once, w += 2) {
-            const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
-            for (int r = 0; r < rows; ++r) {
-                const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride + 4 * i));
-                const __m256i values = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(four), pairs);
-                lows[r] += i32x8(_mm256_madd_epi16(values, low));
-                highs[r] += i32x8(_mm256_madd_epi16(values, high));
-            }
-        }
-        for (int r = 0; r < rows; ++r) {
-            const __m256i sum = __m256i(lows[r] + (highs[r] << 15));
-            const i32x4 half[2] = {i32x4(_mm256_castsi256_si128(sum)), i32x4(_mm256_extracti128_si256(sum, 1))};
-            store((half[0] + half[1] + (1 << (bits - 1))) >> bits, out + r * step + 4 * o);
-        }
-    }
-}
-#else
-void lay_out(Axis& axis) {  // each weight four times, for four channels
-    axis.spread.resize(axis.weights.size() * 4);
+    axis.spread.resize((end - begin) * kept * 4);
     for (size_t i = 0; i < axis.spread.size(); ++i) axis.spread[i] = axis.weights[i / 4];
 }
 
@@ -510,7 +462,6 @@ void resize_rows(const Axis& axis, const uint8_t* in, int64_t stride, uint8_t* o
         }
     }
 }
-#endif
 
 void resize_across(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
     int64_t y = 0;
@@ -551,7 +502,6 @@ Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result)
     static thread_local Axis across, down;
     const int64_t W = job.crop.x1 - job.crop.x0, H = job.crop.y1 - job.crop.y0, columns = x1 - x0, lines = y1 - y0;
     prepare(across, W, job.resized_w, x0, x1, job.cubic);
-    lay_out(across);
     prepare(down, H, job.resized_h, y0, y1, job.cubic);
     // What is read of the crop; `first` never falls. An odd count of taps was made even with a weight of 0.
     const int64_t left = across.first.front(), right = std::min(across.first.back() + across.taps, W);
