@@ -17,9 +17,11 @@ def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
 
 def torch_seed(seed: int, purpose: str, *key: int) -> int:
     """Return a 63-bit seed for a ``torch.Generator``, keyed as in :func:`generator`."""
-    return int(sequence(seed, purpose, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(sequence(seed, purpose, *key).generate_state(1, np.uint64)[0]) >> 1
 
 
 def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
-    # The purpose enters as a checksum of its name: Python's own hash() differs from process to process.
-    return np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *key))
+    # The purpose enters as a checksum of its name: Python's own hash() differs from process to process. An array of
+    # 32-bit words is what numpy makes of whole numbers one by one, which takes it twice as long.
+    entropy = (seed, zlib.crc32(purpose.encode()), *key)
+    return np.random.SeedSequence(np.array(entropy, np.uint32) if max(entropy) < 1 << 32 else entropy)

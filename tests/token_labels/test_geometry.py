@@ -15,7 +15,7 @@ from volo.config import AugmentConfig
 from volo.data import pixels
 from volo.data.augment import Plan, TrainTransform
 from volo.data.crop import ResizedCrop
-from volo.token_labels.geometry import pooled_slowly, token_cells
+from volo.token_labels.geometry import roi_slowly, token_cells
 from volo.token_labels.store import TokenLabelMap
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -223,14 +223,15 @@ def test_weights_are_shares():
 
 
 @given(
-    start=st.floats(-3, 20, width=32),
-    length=st.floats(0, 25, width=32),
-    size=st.integers(1, 20),
-    bins=st.integers(1, 24),
+    starts=st.tuples(st.floats(-3, 20, width=32), st.floats(-3, 20, width=32)),
+    lengths=st.tuples(st.floats(0, 25, width=32), st.floats(0, 25, width=32)),
+    map_hw=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    grid=st.tuples(st.integers(1, 24), st.integers(1, 24)),
 )
 @settings(max_examples=200, deadline=None)
-def test_pooling_is_the_same_with_and_without_a_compiler(start, length, size, bins):
-    ends = np.float32(start), np.float32(start + length)
+def test_pooling_is_the_same_with_and_without_a_compiler(starts, lengths, map_hw, grid):
+    box = np.float32([*starts, *(a + b for a, b in zip(starts, lengths, strict=True))])
     assert pixels.why_not() is None
-    for native, plain in zip(pixels.pool(*ends, size, bins), pooled_slowly(*ends, size, bins), strict=True):
+    for native, plain in zip(pixels.roi(box, map_hw, grid), roi_slowly(box, map_hw, grid), strict=True):
+        assert native.dtype == plain.dtype
         np.testing.assert_array_equal(native, plain)

@@ -47,6 +47,7 @@ typedef double f64x4 __attribute__((vector_size(32)));
 #ifdef __AVX2__
 inline i32x4 load(const uint8_t* p) { return i32x4(_mm_cvtepu8_epi32(_mm_loadu_si32(p))); }
 inline i32x8 load_two(const uint8_t* p) { return i32x8(_mm256_cvtepu8_epi32(_mm_loadu_si64(p))); }
+inline f64x4 wide(i32x4 v) { return f64x4(_mm256_cvtepi32_pd(__m128i(v))); }
 inline void store(i32x4 v, uint8_t* p) {  // what is outside 0 ... 255 is clipped
     const __m128i words = _mm_packus_epi32(__m128i(v), __m128i(v));
     _mm_storeu_si32(p, _mm_packus_epi16(words, words));
@@ -74,6 +75,7 @@ template <class Bytes, class V> inline void write(V v, uint8_t* p) {
 }
 inline i32x4 load(const uint8_t* p) { return read<u8x4, i32x4>(p); }
 inline i32x8 load_two(const uint8_t* p) { return read<u8x8, i32x8>(p); }
+inline f64x4 wide(i32x4 v) { return __builtin_convertvector(v, f64x4); }
 inline void store(i32x4 v, uint8_t* p) { write<u8x4>(v, p); }  // what is outside 0 ... 255 is clipped
 inline void store_two(i32x8 v, uint8_t* p) { write<u8x8>(v, p); }
 #endif
@@ -223,7 +225,6 @@ void sharpen(const Image& in, const Image& out, Box box, float alpha) {
 
 // Between b and c of four neighbours: linear, or the cubic of Pillow's transforms. In integers first, as it is exact.
 template <bool cubic> inline f64x4 between(const uint8_t* p, int64_t a, int64_t c, int64_t d, double t) {
-    const auto wide = [](i32x4 v) { return __builtin_convertvector(v, f64x4); };
     const i32x4 pb = load(p), pc = load(p + c);
     if constexpr (!cubic) return wide(pb) + wide(pc - pb) * t;
     const i32x4 pa = load(p + a), pd = load(p + d);
@@ -239,7 +240,7 @@ inline f64x4 mixed(const uint8_t* pa, const uint8_t* pb, const uint8_t* pc, cons
                    int64_t d, double dx, double dy) {
     const auto row = [&](const uint8_t* p) {
         if constexpr (across) return between<cubic>(p, a, c, d, dx);
-        else return __builtin_convertvector(load(p), f64x4);
+        else return wide(load(p));
     };
     if constexpr (!down) return row(pb);
     else if constexpr (!cubic) return row(pb) + (row(pc) - row(pb)) * dy;
@@ -255,7 +256,20 @@ struct Points {
         double *__restrict place_ = place.data(), *__restrict part_ = part.data();
         int32_t* __restrict cell_ = cell.data();
         const double py = y + 0.5, a = m[0], b = m[1], c = m[2];
-        for (int32_t i = 0; i < int32_t(n); ++i) {
+        int32_t i = 0;
+#ifdef __AVX2__
+        const __m256d half = _mm256_set1_pd(0.5), steep = _mm256_set1_pd(a), row = _mm256_set1_pd(b * py);
+        for (; i + 4 <= int32_t(n); i += 4) {
+            const __m128i at_x = _mm_add_epi32(_mm_set1_epi32(int32_t(x0) + i), _mm_setr_epi32(0, 1, 2, 3));
+            const __m256d px = _mm256_add_pd(_mm256_cvtepi32_pd(at_x), half);
+            const __m256d at = _mm256_add_pd(_mm256_add_pd(_mm256_mul_pd(steep, px), row), _mm256_set1_pd(c));
+            const __m256d behind = _mm256_sub_pd(at, half), low = _mm256_floor_pd(behind);
+            _mm256_storeu_pd(place_ + i, at);
+            _mm256_storeu_pd(part_ + i, _mm256_sub_pd(behind, low));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(cell_ + i), _mm256_cvttpd_epi32(low));
+        }
+#endif
+        for (; i < int32_t(n); ++i) {
             const double px = (int32_t(x0) + i) + 0.5, at = a * px + b * py + c, low = std::floor(at - 0.5);
             place_[i] = at;
             part_[i] = at - 0.5 - low;
@@ -266,7 +280,7 @@ struct Points {
 
 // across, down: whether points lie between columns, between rows. Rotation needs both, shear and translation one.
 template <bool cubic, bool across, bool down>
-void warp(const Image& in, const Image& out, Box box, const double* m, const uint8_t* fill) {
+void warp(const Image in, const Image out, const Box box, const double* m, const uint8_t* fill) {
     static thread_local Points kept_columns, kept_rows;
     Points &columns = kept_columns, &rows = kept_rows;
     const int64_t W = in.width, H = in.height, n = box.x1 - box.x0;
@@ -279,23 +293,38 @@ void warp(const Image& in, const Image& out, Box box, const double* m, const uin
         const double *sx = columns.place.data(), *sy = rows.place.data();
         const double *part_x = columns.part.data(), *part_y = rows.part.data();
         const int32_t *cell_x = columns.cell.data(), *cell_y = rows.cell.data();
+        const auto at = [&](int64_t i) {
+            const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
+            const uint8_t* p = in.at(column, row);
+            const int64_t step = in.stride;
+            return mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, across ? part_x[i] : 0,
+                                              down ? part_y[i] : 0);
+        };
+        const auto whole = [&](int64_t i) {  // all of its neighbours are there, and so is the point itself
+            return (!across || inner(cell_x[i], W)) && (!down || inner(cell_y[i], H));
+        };
+        // Coordinates rise or fall along a row, to their last bit: between two such points lie no others.
+        int64_t first = 0, end = n;
+        while (first < n && !whole(first)) ++first;
+        while (end > first && !whole(end - 1)) --end;
+        for (int64_t i = first; i < end; ++i) store(__builtin_convertvector(at(i), i32x4), to + 4 * i);
         for (int64_t i = 0; i < n; ++i, to += 4) {
+            if (i == first && first < end) {
+                to += 4 * (end - first);
+                i = end;
+                if (i == n) break;
+            }
             if ((across && !(sx[i] >= 0 && sx[i] < W)) || (down && !(sy[i] >= 0 && sy[i] < H))) {
                 std::memcpy(to, fill, 4);
                 continue;
             }
             const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
             const double dx = across ? part_x[i] : 0, dy = down ? part_y[i] : 0;
-            f64x4 v;
-            if ((!across || inner(column, W)) && (!down || inner(row, H))) {
-                const uint8_t* p = in.at(column, row);
-                const int64_t step = in.stride;
-                v = mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, dx, dy);
-            } else {  // beyond the edge lies what is on the edge
-                const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
-                const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
-                v = mixed<cubic, across, down>(p(-1), p(0), p(1), p(2), x(-1) - x(0), x(1) - x(0), x(2) - x(0), dx, dy);
-            }
+            // Beyond the edge lies what is on the edge.
+            const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
+            const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
+            const f64x4 v =
+                mixed<cubic, across, down>(p(-1), p(0), p(1), p(2), x(-1) - x(0), x(1) - x(0), x(2) - x(0), dx, dy);
             store(__builtin_convertvector(v, i32x4), to);
         }
     }
@@ -504,7 +533,21 @@ void planes(const Image& image, uint8_t* out) {
     for (int64_t y = 0; y < image.height; ++y) {
         const uint8_t* p = image.at(0, y);
         uint8_t* to = out + y * image.width;
-        for (int64_t x = 0; x < image.width; ++x) {
+        int64_t x = 0;
+#ifdef __AVX2__
+        const __m256i by_channel = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        for (; x + 8 <= image.width; x += 8) {
+            const __m256i pixels = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * x));
+            const __m256i fours = _mm256_shuffle_epi8(pixels, by_channel);
+            const __m256i eights = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            const __m128i red_green = _mm256_castsi256_si128(eights);
+            _mm_storeu_si64(to + x, red_green);
+            _mm_storeu_si64(to + x + area, _mm_unpackhi_epi64(red_green, red_green));
+            _mm_storeu_si64(to + x + 2 * area, _mm256_extracti128_si256(eights, 1));
+        }
+#endif
+        for (; x < image.width; ++x) {
             to[x] = p[4 * x];
             to[x + area] = p[4 * x + 1];
             to[x + 2 * area] = p[4 * x + 2];
@@ -569,9 +612,11 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
     planes(image, out);
 }
 
-// Not pixels, but cells of a label map: pooled() of volo/token_labels/geometry.py, which says what it is. Both outputs
-// have room for bins * size numbers and get bins * R of them, of which R is returned.
-extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int64_t* cells, double* weights) {
+// Not pixels, but cells of a label map: pooled_slowly() of volo/token_labels/geometry.py, which says what it is.
+namespace {
+
+int64_t pool(float start, float end, int64_t size, int64_t bins, std::vector<int64_t>& cells,
+             std::vector<double>& weights) {
     const float length = std::max(end - start, 1.0f);
     const int64_t per_bin = int64_t(std::ceil(length / float(bins))), last = size - 1;
     const double step = double(length) / bins / per_bin;
@@ -594,6 +639,7 @@ extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int6
         firsts[bin] = std::max<int64_t>(first, 0);
         span = std::max(span, end_of_row - firsts[bin]);
     }
+    cells.resize(bins * span), weights.resize(bins * span);
     for (int64_t bin = 0; bin < bins; ++bin)
         for (int64_t i = 0; i < span; ++i) {
             const int64_t cell = firsts[bin] + i;
@@ -601,4 +647,32 @@ extern "C" int64_t pool(float start, float end, int64_t size, int64_t bins, int6
             weights[bin * span + i] = cell <= last ? rows[bin * size + cell] / per_bin : 0.0;
         }
     return span;
+}
+
+}  // namespace
+
+// roi_slowly() of volo/token_labels/geometry.py, which says what it is. `box` is x1, y1, x2, y2. Returns Q; the
+// caller makes room for as many cells as there can be.
+extern "C" int64_t roi(const float* box, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w, int64_t* cells,
+                       float* weights, float* class_weights) {
+    static thread_local std::vector<int64_t> rows, columns;
+    static thread_local std::vector<double> row_weights, column_weights, whole;
+    const int64_t R = pool(box[1], box[3], height, grid_h, rows, row_weights);
+    const int64_t C = pool(box[0], box[2], width, grid_w, columns, column_weights);
+    for (int64_t i = 0; i < grid_h; ++i)
+        for (int64_t j = 0; j < grid_w; ++j)
+            for (int64_t r = i * R; r < (i + 1) * R; ++r)
+                for (int64_t c = j * C; c < (j + 1) * C; ++c) {
+                    *cells++ = rows[r] * width + columns[c];
+                    *weights++ = float(row_weights[r] * column_weights[c]);
+                }
+    const int64_t size[2] = {width, height};
+    whole.assign(width + height, 0.0);  // of columns, then of rows
+    for (int axis = 0; axis < 2; ++axis) {
+        const int64_t n = pool(box[axis], box[axis + 2], size[axis], 1, columns, column_weights);
+        for (int64_t i = 0; i < n; ++i) whole[axis * width + columns[i]] += column_weights[i];
+    }
+    for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x) *class_weights++ = float(whole[width + y] * whole[x]);
+    return R * C;
 }

@@ -165,14 +165,28 @@ def from_image(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def pool(start: float, end: float, size: int, bins: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return what :func:`volo.token_labels.geometry.pooled` returns; None where nothing native can be built."""
+def roi(
+    box: np.ndarray, map_hw: tuple[int, int], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return what :func:`volo.token_labels.geometry.roi_slowly` returns; None where nothing native can be built."""
     library = _library()
     if isinstance(library, str):
         return None
-    cells, weights = np.empty(bins * size, np.int64), np.empty(bins * size)
-    span = library.pool(start, end, size, bins, cells.ctypes.data, weights.ctypes.data)
-    return cells[: bins * span].reshape(bins, span), weights[: bins * span].reshape(bins, span)
+    assert box.dtype == np.float32 and box.shape == (4,)
+    x1, y1, x2, y2 = box.tolist()
+    # Cells that a bin may touch, along each axis: those that its points lie in, and one more on either side.
+    most = [
+        min(side, math.ceil(max(end - start, 1.0) / bins) + 3)
+        for start, end, side, bins in ((y1, y2, map_hw[0], grid[0]), (x1, x2, map_hw[1], grid[1]))
+    ]
+    tokens, room = grid[0] * grid[1], grid[0] * grid[1] * most[0] * most[1]
+    cells, weights = np.empty(room, np.int64), np.empty(room, np.float32)
+    class_weights = np.empty(map_hw[0] * map_hw[1], np.float32)
+    arrays = (cells.ctypes.data, weights.ctypes.data, class_weights.ctypes.data)
+    count = library.roi(box.ctypes.data, *map_hw, *grid, *arrays)
+    assert tokens * count <= room
+    used = tokens * count
+    return cells[:used].reshape(tokens, count), weights[:used].reshape(tokens, count), class_weights
 
 
 def _pack(op: Op, height: int, width: int) -> bytes:
@@ -215,10 +229,8 @@ def _library() -> ctypes.CDLL | str:
         return f"The native augmentation cannot be built: {error}"
     library.render.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.render.restype = None
-    library.pool.argtypes = [
-        *(ctypes.c_float, ctypes.c_float, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
-    ]
-    library.pool.restype = ctypes.c_int64
+    library.roi.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 3]
+    library.roi.restype = ctypes.c_int64
     library.rows_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.rows_needed.restype = ctypes.c_int64
     return library

@@ -241,20 +241,12 @@ def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int
         dtype=np.float32,
     )
     corners[2:] += corners[:2]
-    x1, y1, x2, y2 = corners * np.float32(width) - np.float32(0.5)
-    rows, row_weights = pooled(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
-    columns, column_weights = pooled(x1, x2, width, grid[1])
-    cells = rows[:, None, :, None] * width + columns[None, :, None, :]  # [L_h, L_w, R, R']
-    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
-
-    num_tokens = grid[0] * grid[1]
+    box = corners * np.float32(width) - np.float32(0.5)
     return TokenCells(
         np.ascontiguousarray(scores.reshape(len(scores), -1)),
         np.ascontiguousarray(classes.reshape(len(classes), -1)),
-        cells.reshape(num_tokens, -1),
-        weights.reshape(num_tokens, -1).astype(np.float32),
-        np.outer(_whole(y1, y2, height), _whole(x1, x2, width)).ravel().astype(np.float32),
-        np.ones(num_tokens, dtype=bool),
+        *(pixels.roi(box, (height, width), grid) or roi_slowly(box, (height, width), grid)),
+        np.ones(grid[0] * grid[1], dtype=bool),
     )
 
 
@@ -284,17 +276,43 @@ def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, n
     return scores[:, nearest_row, nearest_column] * inside, classes[:, nearest_row, nearest_column]
 
 
-def pooled(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells that count in each bin of roi_align (not aligned, adaptive) along one axis, and their weights.
+def roi_slowly(
+    box: np.ndarray, map_hw: tuple[int, int], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the cells that count in each bin of roi_align (not aligned, adaptive), and their weights.
 
-    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least one
-    cell long, and points beyond one cell outside count nothing. Both arrays are [bins, R].
+    What :func:`volo.data.pixels.roi` does, without a compiler.
+
+    Args:
+        box: float32 [4], (x1, y1, x2, y2) in cells.
+        map_hw: (h, w).
+        grid: Bins, (L_h, L_w).
+
+    Returns:
+        Cells, int64 [N, Q], their weights, float32 [N, Q], and the weight of every cell where the whole box is one
+        bin, float32 [h * w].
     """
-    return pixels.pool(start, end, size, bins) or pooled_slowly(start, end, size, bins)
+    x1, y1, x2, y2 = box
+    height, width = map_hw
+    rows, row_weights = pooled_slowly(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
+    columns, column_weights = pooled_slowly(x1, x2, width, grid[1])
+    cells = rows[:, None, :, None] * width + columns[None, :, None, :]  # [L_h, L_w, R, R']
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+    num_tokens = grid[0] * grid[1]
+    return (
+        cells.reshape(num_tokens, -1),
+        weights.reshape(num_tokens, -1).astype(np.float32),
+        np.outer(_whole(y1, y2, height), _whole(x1, x2, width)).ravel().astype(np.float32),
+    )
 
 
 def pooled_slowly(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """What :func:`pooled` does, without a compiler. In plain numbers: they are few, and arrays would take longer."""
+    """Return the cells that count in each bin of roi_align along one axis, and their weights.
+
+    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least one
+    cell long, and points beyond one cell outside count nothing. Both arrays are [bins, R]. In plain numbers: they are
+    few, and arrays would take longer.
+    """
     length = np.maximum(end - start, np.float32(1))  # in float32 like roi_align, whose ceil() hangs on it
     per_bin = math.ceil(length / np.float32(bins))
     start, step = float(start), float(length) / bins / per_bin
@@ -321,5 +339,5 @@ def pooled_slowly(start: np.float32, end: np.float32, size: int, bins: int) -> t
 
 def _whole(start: np.float32, end: np.float32, size: int) -> np.ndarray:
     """Return the weight of every cell, [size], in one bin of roi_align along one axis."""
-    cells, weights = pooled(start, end, size, 1)
+    cells, weights = pooled_slowly(start, end, size, 1)
     return np.bincount(cells[0], weights[0], minlength=size)
