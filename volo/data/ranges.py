@@ -52,13 +52,16 @@ def stamp(url: str) -> str:
     Raises OSError where it is not there.
     """
     if not is_url(url):
-        status = os.stat(url)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return _stamp_of(os.stat(url))
     system, path = file_system(url)
     with _as_os_error():
         info = system.info(path)
     tags = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
     return f"{info.get('size')} {next((info[tag] for tag in tags if info.get(tag)), '')}"
+
+
+def _stamp_of(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class RangeReader:
@@ -107,9 +110,10 @@ class RangeReader:
         descriptor = self._open.get(number)
         if descriptor is None:
             descriptor = os.open(self.urls[number], os.O_RDONLY)
-            self._open[number] = descriptor
-            if stamp(self.urls[number]) != self.stamps[number]:
+            if _stamp_of(os.fstat(descriptor)) != self.stamps[number]:
+                os.close(descriptor)  # kept, it would be read the next time
                 raise OSError("the archive has changed since it was indexed; start again, and it will be indexed anew")
+            self._open[number] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(number)
