@@ -1,6 +1,7 @@
 """Archives that are not as they should be: an error with a name before the first step, or a note in the counts."""
 
 import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from volo.data.decode import UnreadableImage
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
 from volo.data.ranges import RangeReader, stamp
+from volo.data.records import imagenet_classes
 from volo.token_labels.store import label_key
 
 CLASSES = ("a", "b")
@@ -251,6 +253,31 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         open_split(data, "train", "data.x").records(CLASSES)
+
+
+def test_parquet_classes_are_matched_by_name(tmp_path):
+    """By position only the 1,000 descriptions that ImageNet has on the Hub."""
+    synsets = imagenet_classes()
+    described = [f"thing {i}" for i in range(1000)]
+    files = {"thing 999/x.jpg": b"1", "thing 0/y.jpg": b"2"}
+
+    def labels(names: list[str], classes: tuple[str, ...]) -> list[int]:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        chosen = {f"{name}/x.jpg": data for name, data in zip((names[-1], names[0]), files.values(), strict=True)}
+        formats.write_parquet(tmp_path, "train", chosen, names)
+        data = DataConfig(str(tmp_path), cache="none")
+        return sorted(open_split(data, "train", "data.x").records(classes).labels.tolist())
+
+    assert labels(described, synsets) == [0, 999]
+    assert labels(["cat", "ape"], ("ape", "bee", "cat")) == [0, 2]
+    for names, classes, told in (
+        (described[:999], synsets, "999 of its 999 classes are not among the 1000 classes .*: thing 0, .*class_list"),
+        ([*synsets[:999], "thing"], synsets, "1 of its 1000 classes are not .*: thing[.]"),
+        (described, tuple(reversed(synsets)), "1000 of its 1000 classes"),
+        (["ape", "dog", "eel"], ("ape", "bee", "cat"), "2 of its 3 classes are not among the 3 classes .*: dog, eel"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            labels(names, classes)
 
 
 def test_devkit_errors(tmp_path):
