@@ -17,7 +17,7 @@ from volo.data.decode import UnreadableImage
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
 from volo.data.ranges import RangeReader, stamp
-from volo.data.records import imagenet_classes
+from volo.data.records import class_names, imagenet_classes
 from volo.token_labels.store import label_key
 
 CLASSES = ("a", "b")
@@ -113,6 +113,27 @@ def test_samples_of_shards(tmp_path):
     assert list(found.names) == ["a/3.jpg", "b/1.png", "b/2.jpg"] and found.labels.tolist() == [0, 1, 1]
     assert [found.read(i) for i in range(3)] == [b"3", b"1", b"2"]
     assert found.ignored == 3  # mask, json, and the class without an image
+
+
+def test_classes_with_numbers_for_names_are_matched_by_name(tmp_path):
+    """A class that no training image has moves those behind it, so a number is not an index among them."""
+
+    def shard(name: str, *numbers: bytes) -> Path:
+        files = {f"{i}.{end}": data for i, n in enumerate(numbers) for end, data in (("jpg", b""), ("cls", n))}
+        return formats.write_tar(tmp_path / name, files)
+
+    train = shard("train.tar", b"4", b"0", b"1", b"2")
+    classes = class_names("folders", ArchiveSplit([str(train)], "here"))
+    assert classes == ("0", "1", "2", "4")
+    val = ArchiveSplit([str(shard("val.tar", b"1", b"4"))], "here")
+    assert val.records(classes).labels.tolist() == [1, 3]
+    for numbers in ((b"3",), (b"0", b"3")):
+        with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all .*data.class_list"):
+            ArchiveSplit([str(shard("val.tar", *numbers))], "here").records(classes)
+    formats.write_parquet(tmp_path, "train", {"3/x.jpg": b"1", "0/y.jpg": b"2"}, ["0", "1", "2", "3"], named=False)
+    data = DataConfig(str(tmp_path), cache="none")
+    with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all"):
+        open_split(data, "train", "data.x").records(classes)
 
 
 def test_patterns_and_what_they_do_not_find(tmp_path):
