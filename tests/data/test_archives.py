@@ -56,6 +56,30 @@ def test_a_damaged_header_is_not_the_end(tmp_path, place):
         records(path)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_comes_behind_the_end_mark_is_never_lost(tmp_path, inner):
+    """A part that was overwritten by zeros, archives joined as files are; padding of any length is none of it."""
+    content = formats.write_tar(tmp_path / "all.tar", FILES).read_bytes()
+    assert len(content) == 10240
+
+    def found(content: bytes) -> list[str]:
+        if inner:  # with another behind it, which is not its own
+            outer = formats.write_tar(tmp_path / "all.tar", {"a.tar": content, "b.tar": another})
+            return [name for name in records(outer).names if name.startswith("a/")]
+        (tmp_path / "all.tar").write_bytes(content)
+        return list(records(tmp_path / "all.tar").names)
+
+    another = formats.tar_bytes(tmp_path, {"z.jpg": b"z"})
+    for padding in (b"", bytes(512), bytes(3 << 20)):
+        assert len(found(content + padding)) == 3
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte [0-9,]+, behind.*copy it again"):
+        found(content[:1536] + bytes(512) + content[2048:])
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte .*tar --concatenate"):
+        found(content + content)
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte"):
+        found(content + bytes(2 << 20) + b"?")
+
+
 def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
     """What comes behind it is the next class, not more of this one."""
     inner = {one: formats.tar_bytes(tmp_path, {f"{one}_1.jpg": b"1", f"{one}_2.jpg": b"2"})[:2048] for one in CLASSES}
