@@ -146,7 +146,7 @@ def _require_end(file, offset: int, end: int | None, where: str) -> None:
     while chunk := file.read(_CHUNK if end is None else max(min(_CHUNK, end - offset), 0)):
         if rest := chunk.lstrip(b"\0"):
             raise ValueError(
-                f"{where} goes on at byte {offset + len(chunk) - len(rest):,}, behind the mark of its end: a part of it "
+                f"{where} goes on at byte {offset + len(chunk) - len(rest):,}, behind its end mark: a part of it "
                 "was lost, or archives were joined as files are; copy it again, or join archives with tar --concatenate"
             )
         offset += len(chunk)
