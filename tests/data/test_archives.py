@@ -281,6 +281,32 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch):
         reader.read(0, 5, 3)
 
 
+@pytest.mark.parametrize("tag", ["ETag", "Last-Modified", "Content-MD5", "Digest", "updated", None])
+def test_an_index_of_a_url_is_kept_where_a_change_can_be_seen(tmp_path, monkeypatch, tag):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    info = {"size": path.stat().st_size, "type": "file", **({tag: "one"} if tag else {})}
+
+    class Store:
+        def info(self, url):
+            return info
+
+        def open(self, url, mode, **options):
+            return open(path, mode)
+
+    monkeypatch.setattr(ranges, "file_system", lambda url: (Store(), url))
+
+    def names() -> list[str]:
+        return list(ArchiveSplit(["s3://all.tar"], "here", Manifests(tmp_path / "cache")).records(CLASSES).names)
+
+    assert names() == list(FILES)
+    assert bool(list(tmp_path.glob("cache/*"))) == (tag is not None)
+    formats.write_tar(path, {"a/new.jpg": b"", **dict(list(FILES.items())[1:])})  # as many bytes
+    if tag:
+        assert names() == list(FILES)
+        info[tag] = "two"
+    assert names() == ["a/new.jpg", "a/y.JPEG", "b/x.jpg"]
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(url):
         raise ImportError("Install s3fs to access S3")

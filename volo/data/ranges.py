@@ -13,6 +13,11 @@ from typing import BinaryIO
 
 _OPEN_FILES = 64  # a process; with thousands of shards the limit of the system would be met
 _TRIES = 4  # of one range of a URL; a run of days should outlive a server that restarts
+# What file systems of fsspec call the tag of a file's content, or the time of its last change.
+_TAGS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "mtime", "Last-Modified", "LastModified", "last_modified"),
+    *("updated", "created"),
+)
 _REMOTE_BLOCK = 1 << 22  # bytes fetched at once while an archive is gone through
 
 
@@ -56,8 +61,12 @@ def stamp(url: str) -> str:
     system, path = file_system(url)
     with _as_os_error():
         info = system.info(path)
-    tags = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
-    return f"{info.get('size')} {next((info[tag] for tag in tags if info.get(tag)), '')}"
+    return f"{info.get('size')} {next((info[tag] for tag in _TAGS if info.get(tag)), '')}"
+
+
+def tells_changes(known: str) -> bool:
+    """Tell whether a :func:`stamp` has more than a size, which a file that changes may keep."""
+    return known.partition(" ")[2] != ""
 
 
 def _stamp_of(status: os.stat_result) -> str:
