@@ -61,9 +61,15 @@ def write_shards(pattern: str, files: dict[str, bytes], classes: list[str], flat
             writer.write({"__key__": key, suffix: files[name], "cls": number, "json": {"made by": "a test"}})
 
 
-def write_parquet(folder: Path, split: str, files: dict[str, bytes], classes: list[str], official: bool = True) -> None:
-    """Parquet files as ImageNet has them on the Hub: two of them, with the synset behind the file's name."""
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+def write_parquet(
+    folder: Path, split: str, files: dict[str, bytes], classes: list[str], official: bool = True, named: bool = True
+) -> None:
+    """Parquet files as ImageNet has them on the Hub: two of them, with the synset behind the file's name.
+
+    Not ``named``, they have numbers alone, without the names of the classes.
+    """
+    label = datasets.ClassLabel(names=classes) if named else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
     names = np.random.default_rng(1).permutation(list(files)).tolist()
     rows = []
     for name in names:

@@ -1,6 +1,7 @@
 """Archives that are not as they should be: an error with a name before the first step, or a note in the counts."""
 
 import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from volo.data.decode import UnreadableImage
 from volo.data.formats import open_split
 from volo.data.manifest import Manifests
 from volo.data.ranges import RangeReader, stamp
+from volo.data.records import class_names, imagenet_classes
 from volo.token_labels.store import label_key
 
 CLASSES = ("a", "b")
@@ -52,6 +54,30 @@ def test_a_damaged_header_is_not_the_end(tmp_path, place):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="all.tar is (no tar archive|damaged)"):
         records(path)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_comes_behind_the_end_mark_is_never_lost(tmp_path, inner):
+    """A part that was overwritten by zeros, archives joined as files are; padding of any length is none of it."""
+    content = formats.write_tar(tmp_path / "all.tar", FILES).read_bytes()
+    assert len(content) == 10240
+
+    def found(content: bytes) -> list[str]:
+        if inner:  # with another behind it, which is not its own
+            outer = formats.write_tar(tmp_path / "all.tar", {"a.tar": content, "b.tar": another})
+            return [name for name in records(outer).names if name.startswith("a/")]
+        (tmp_path / "all.tar").write_bytes(content)
+        return list(records(tmp_path / "all.tar").names)
+
+    another = formats.tar_bytes(tmp_path, {"z.jpg": b"z"})
+    for padding in (b"", bytes(512), bytes(3 << 20)):
+        assert len(found(content + padding)) == 3
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte [0-9,]+, behind.*copy it again"):
+        found(content[:1536] + bytes(512) + content[2048:])
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte .*tar --concatenate"):
+        found(content + content)
+    with pytest.raises(ValueError, match="all.tar.* goes on at byte"):
+        found(content + bytes(2 << 20) + b"?")
 
 
 def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
@@ -113,6 +139,27 @@ def test_samples_of_shards(tmp_path):
     assert found.ignored == 3  # mask, json, and the class without an image
 
 
+def test_classes_with_numbers_for_names_are_matched_by_name(tmp_path):
+    """A class that no training image has moves those behind it, so a number is not an index among them."""
+
+    def shard(name: str, *numbers: bytes) -> Path:
+        files = {f"{i}.{end}": data for i, n in enumerate(numbers) for end, data in (("jpg", b""), ("cls", n))}
+        return formats.write_tar(tmp_path / name, files)
+
+    train = shard("train.tar", b"4", b"0", b"1", b"2")
+    classes = class_names("folders", ArchiveSplit([str(train)], "here"))
+    assert classes == ("0", "1", "2", "4")
+    val = ArchiveSplit([str(shard("val.tar", b"1", b"4"))], "here")
+    assert val.records(classes).labels.tolist() == [1, 3]
+    for numbers in ((b"3",), (b"0", b"3")):
+        with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all .*data.class_list"):
+            ArchiveSplit([str(shard("val.tar", *numbers))], "here").records(classes)
+    formats.write_parquet(tmp_path, "train", {"3/x.jpg": b"1", "0/y.jpg": b"2"}, ["0", "1", "2", "3"], named=False)
+    data = DataConfig(str(tmp_path), cache="none")
+    with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all"):
+        open_split(data, "train", "data.x").records(classes)
+
+
 def test_patterns_and_what_they_do_not_find(tmp_path):
     for number in range(3):
         formats.write_tar(tmp_path / f"s/train-{number:02d}.tar", {f"a/{number}.jpg": b""})
@@ -165,8 +212,11 @@ def test_an_archive_that_changes_under_a_run_is_noticed(tmp_path):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     found = records(path)
     formats.write_tar(path, dict(reversed(FILES.items())))
-    with pytest.raises(UnreadableImage, match="all.tar: b/x.jpg: the archive has changed since it was indexed"):
-        found.read(2)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with pytest.raises(UnreadableImage, match="all.tar: b/x.jpg: the archive has changed since it was indexed"):
+            found.read(2)
+    assert len(os.listdir("/proc/self/fd")) == before
     found = records(path)
     path.unlink()
     with pytest.raises(UnreadableImage, match="all.tar: a/x.jpg: No such file or directory"):
@@ -231,6 +281,32 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch):
         reader.read(0, 5, 3)
 
 
+@pytest.mark.parametrize("tag", ["ETag", "Last-Modified", "Content-MD5", "Digest", "updated", None])
+def test_an_index_of_a_url_is_kept_where_a_change_can_be_seen(tmp_path, monkeypatch, tag):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    info = {"size": path.stat().st_size, "type": "file", **({tag: "one"} if tag else {})}
+
+    class Store:
+        def info(self, url):
+            return info
+
+        def open(self, url, mode, **options):
+            return open(path, mode)
+
+    monkeypatch.setattr(ranges, "file_system", lambda url: (Store(), url))
+
+    def names() -> list[str]:
+        return list(ArchiveSplit(["s3://all.tar"], "here", Manifests(tmp_path / "cache")).records(CLASSES).names)
+
+    assert names() == list(FILES)
+    assert bool(list(tmp_path.glob("cache/*"))) == (tag is not None)
+    formats.write_tar(path, {"a/new.jpg": b"", **dict(list(FILES.items())[1:])})  # as many bytes
+    if tag:
+        assert names() == list(FILES)
+        info[tag] = "two"
+    assert names() == ["a/new.jpg", "a/y.JPEG", "b/x.jpg"]
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(url):
         raise ImportError("Install s3fs to access S3")
@@ -248,6 +324,31 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         open_split(data, "train", "data.x").records(CLASSES)
+
+
+def test_parquet_classes_are_matched_by_name(tmp_path):
+    """By position only the 1,000 descriptions that ImageNet has on the Hub."""
+    synsets = imagenet_classes()
+    described = [f"thing {i}" for i in range(1000)]
+    files = {"thing 999/x.jpg": b"1", "thing 0/y.jpg": b"2"}
+
+    def labels(names: list[str], classes: tuple[str, ...]) -> list[int]:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        chosen = {f"{name}/x.jpg": data for name, data in zip((names[-1], names[0]), files.values(), strict=True)}
+        formats.write_parquet(tmp_path, "train", chosen, names)
+        data = DataConfig(str(tmp_path), cache="none")
+        return sorted(open_split(data, "train", "data.x").records(classes).labels.tolist())
+
+    assert labels(described, synsets) == [0, 999]
+    assert labels(["cat", "ape"], ("ape", "bee", "cat")) == [0, 2]
+    for names, classes, told in (
+        (described[:999], synsets, "999 of its 999 classes are not among the 1000 classes .*: thing 0, .*class_list"),
+        ([*synsets[:999], "thing"], synsets, "1 of its 1000 classes are not .*: thing[.]"),
+        (described, tuple(reversed(synsets)), "1000 of its 1000 classes"),
+        (["ape", "dog", "eel"], ("ape", "bee", "cat"), "2 of its 3 classes are not among the 3 classes .*: dog, eel"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            labels(names, classes)
 
 
 def test_devkit_errors(tmp_path):

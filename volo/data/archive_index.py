@@ -17,6 +17,7 @@ from volo.reporting import Progress
 
 _THREADS = 16  # going through an archive is mostly waiting for the disk or the network
 _BLOCK = 512
+_CHUNK = 1 << 20  # bytes
 
 
 class _Part(NamedTuple):
@@ -133,6 +134,22 @@ def _members(file, begin: int, size: int | None, where: str) -> Iterator[tuple[t
             f"{where} is damaged or was cut short: at byte {archive.offset:,} it neither goes on nor ends as a tar "
             "archive does; copy it again"
         )
+    _require_end(file, archive.offset + _BLOCK, end, where)
+
+
+def _require_end(file, offset: int, end: int | None, where: str) -> None:
+    """Raise ValueError where anything but zeros comes behind the end mark: there may be images in it.
+
+    Archives are padded with little, 10 KiB by GNU tar.
+    """
+    file.seek(offset)
+    while chunk := file.read(_CHUNK if end is None else max(min(_CHUNK, end - offset), 0)):
+        if rest := chunk.lstrip(b"\0"):
+            raise ValueError(
+                f"{where} goes on at byte {offset + len(chunk) - len(rest):,}, behind its end mark: a part of it "
+                "was lost, or archives were joined as files are; copy it again, or join archives with tar --concatenate"
+            )
+        offset += len(chunk)
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ from volo.data.archive_index import index_archives, stamps_of
 from volo.data.decode import SUFFIX_FORMATS, UnreadableImage
 from volo.data.labels import class_indices, read_labels, some
 from volo.data.manifest import Arrays, Manifests
-from volo.data.ranges import RangeReader, is_url
+from volo.data.ranges import RangeReader, is_url, tells_changes
 from volo.data.records import ImageRecords, Split, require_known
 from volo.data.source import PackedNames, Source
 
@@ -78,7 +78,8 @@ class ArchiveSplit(Split):
             stamps = stamps_of(self.urls)
             text = "\n".join(self.urls)
             place = f"{self.place} ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
-            self._index = self.manifests.get(
+            keep = all(map(tells_changes, stamps))
+            self._index = (self.manifests if keep else Manifests(None)).get(
                 "archives",
                 place,
                 lambda: index_archives(self.urls, stamps, self.place),

@@ -67,11 +67,19 @@ def _parse(texts: list[str], classes: tuple[str, ...], labels_file: str) -> np.n
 def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.ndarray:
     """Return the class index, int64, of label texts: all of them names, or all of them 0-based indices.
 
+    Where the names are numbers themselves ("0", "1", "2", "4"), so are texts: 3 is no class, not the one at index 3.
+
     Raises ValueError, beginning with ``place``, where they are neither.
     """
     index_of = {name: index for index, name in enumerate(classes)}
     if all(text in index_of for text in texts):
         return np.array([index_of[text] for text in texts], dtype=np.int64)
+    if all(map(is_number, classes)):
+        wrong = sorted({text for text in texts if text not in index_of})
+        raise ValueError(
+            f"{place}: labels that are none of the {len(classes)} classes, whose names are numbers ({classes[0]} ... "
+            f"{classes[-1]}): {some(wrong)}. Name all classes, in index order, in a file for data.class_list"
+        )
     if all(is_number(text) and int(text) < len(classes) for text in texts):
         return np.array([int(text) for text in texts], dtype=np.int64)
     by_number = all(map(is_number, texts))

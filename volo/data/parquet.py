@@ -12,8 +12,8 @@ import re
 import numpy as np
 
 from volo.data.decode import SUFFIX_FORMATS, UnreadableImage
-from volo.data.labels import class_indices
-from volo.data.records import ImageRecords, Split
+from volo.data.labels import class_indices, some
+from volo.data.records import ImageRecords, Split, imagenet_classes
 from volo.data.source import PackedNames, Source
 
 _ALSO_CALLED = {"val": "validation", "validation": "val"}
@@ -107,10 +107,22 @@ class ParquetSplit(Split):
         return ImageRecords(source, labels[rows], classes)
 
     def _labels(self, reader, classes: tuple[str, ...]) -> np.ndarray:
-        """Return the class index of each row: by the names of the classes where they are ours, else by position."""
+        """Return the class index of each row: by the names of the classes where the file has names.
+
+        By position only in ImageNet as it is on the Hub, whose 1,000 classes have descriptions for names, in the order
+        of the synsets. ValueError where the file's names are others than ``classes``.
+        """
         values = np.array(_column(reader, "label"))
         name_of = {index: name for name, index in reader.class_to_idx.items()}
-        if not set(name_of.values()) <= set(classes):
+        ours = set(classes)
+        strange = [name for _, name in sorted(name_of.items()) if name not in ours]
+        if strange:
+            if not (len(strange) == len(name_of) == len(classes) and classes == imagenet_classes()):
+                raise ValueError(
+                    f"{self.place}: {len(strange)} of its {len(name_of)} classes are not among the {len(classes)} "
+                    f"classes ({classes[0]!r} ... {classes[-1]!r}): {some(strange)}. Labels are never mapped to other "
+                    "classes: point data.class_list at a list that has these names"
+                )
             name_of = {}
         distinct, which = np.unique(values, return_inverse=True)
         texts = [name_of.get(value, str(value)) for value in distinct.tolist()]

@@ -13,6 +13,11 @@ from typing import BinaryIO
 
 _OPEN_FILES = 64  # a process; with thousands of shards the limit of the system would be met
 _TRIES = 4  # of one range of a URL; a run of days should outlive a server that restarts
+# What file systems of fsspec call the tag of a file's content, or the time of its last change.
+_TAGS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "mtime", "Last-Modified", "LastModified", "last_modified"),
+    *("updated", "created"),
+)
 _REMOTE_BLOCK = 1 << 22  # bytes fetched at once while an archive is gone through
 
 
@@ -52,13 +57,20 @@ def stamp(url: str) -> str:
     Raises OSError where it is not there.
     """
     if not is_url(url):
-        status = os.stat(url)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return _stamp_of(os.stat(url))
     system, path = file_system(url)
     with _as_os_error():
         info = system.info(path)
-    tags = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
-    return f"{info.get('size')} {next((info[tag] for tag in tags if info.get(tag)), '')}"
+    return f"{info.get('size')} {next((info[tag] for tag in _TAGS if info.get(tag)), '')}"
+
+
+def tells_changes(known: str) -> bool:
+    """Tell whether a :func:`stamp` has more than a size, which a file that changes may keep."""
+    return known.partition(" ")[2] != ""
+
+
+def _stamp_of(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class RangeReader:
@@ -107,9 +119,10 @@ class RangeReader:
         descriptor = self._open.get(number)
         if descriptor is None:
             descriptor = os.open(self.urls[number], os.O_RDONLY)
-            self._open[number] = descriptor
-            if stamp(self.urls[number]) != self.stamps[number]:
+            if _stamp_of(os.fstat(descriptor)) != self.stamps[number]:
+                os.close(descriptor)  # kept, it would be read the next time
                 raise OSError("the archive has changed since it was indexed; start again, and it will be indexed anew")
+            self._open[number] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(number)
