@@ -244,6 +244,35 @@ def test_damaged_files_end_as_pillow_has_it(cut, flips):
         assert ours[1] == theirs[1]
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_headers_end_in_pillows_pixels_or_its_refusal(progressive):
+    """Every byte of the headers of the frame and of the first scan, with values that have made trouble and drawn ones;
+    decoded as far down as a crop may need."""
+    good = encoded(SMALL[0].crop((0, 0, 40, 61)), subsampling=2, progressive=progressive)
+    drawn = np.random.default_rng(0)
+    frame = good.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    scan = good.index(b"\xff\xda")
+    refused = 0
+    for place in [*range(frame, frame + 19), *range(scan, scan + 14)]:
+        for value in {0, 1, 0x10, 0x41, 0x15, 0x50, 255, *drawn.integers(0, 256, 6).tolist()}:
+            data = bytearray(good)
+            data[place] = value
+            try:
+                exact = np.asarray(read_image(bytes(data), "a.jpg")[0])
+            except UnreadableImage as error:
+                refused += 1
+                with pytest.raises(UnreadableImage) as caught:
+                    image = read_pixels(bytes(data), "a.jpg")[0]
+                    image._decode(image.height)
+                assert str(caught.value) == str(error)
+                continue
+            image = read_pixels(bytes(data), "a.jpg")[0]
+            for rows in (1, image.height):
+                np.testing.assert_array_equal(image._decode(rows)[:rows, :, :3], exact[:rows])
+    assert refused > 20
+
+
 def test_more_pixels_than_pillow_allows_are_refused_by_its_own_words(monkeypatch):
     data = encoded(SMALL[0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -155,6 +156,30 @@ def test_workers_that_die_over_the_same_batch_again_and_again(records, monkeypat
     with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {path} .3 times in a row, over the same batch.$"):
         next(loader.epoch(0))
     assert loader.lost_workers == 3
+
+
+def test_of_several_busy_workers_the_one_that_crashed_is_told(records, monkeypatch):
+    """It crashes when the others are at images of their own, at which they stay."""
+    context = multiprocessing.get_context("fork")
+    for crashing in (2, 7, 11, 16, 21):
+        others = context.Semaphore(0)
+
+        def get(self, key, crashing=crashing, others=others):
+            if key[1] == crashing:
+                for _ in range(3):
+                    others.acquire()
+                os.kill(os.getpid(), signal.SIGSEGV)
+            others.release()
+            threading.Event().wait()
+
+        monkeypatch.setattr(TrainImages, "__getitem__", get)
+        indices = [0, 5, 14]
+        indices.insert(crashing % 4, crashing)
+        keys = [[(0, index)] for index in indices]
+        batches = _Pass(TrainImages(records, TRANSFORM, 0, "fail", "ignore"), iter(keys), 4, False, 0)
+        with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {records.location(crashing)}$"):
+            next(batches)
+        batches.abandon()
 
 
 def test_how_a_worker_ended_is_told_with_the_remedy():

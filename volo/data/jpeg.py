@@ -8,6 +8,7 @@ from typing import NamedTuple
 _START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _SCAN = 0xDA
+_ALL_COEFFICIENTS = bytes((0, 63, 0))
 _TAGS, _PROFILE = 0xE1, 0xE2
 _PASSED_OVER = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restarts, comments and what programs left there
 
@@ -45,9 +46,15 @@ def plain_frame(data: bytes) -> Frame | None:
             height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
             if frame or precision != 8 or components not in (1, 3) or not height or not width:
                 return None
-            rows = max(sampling & 15 for sampling in data[at + 11 : at + 10 + 3 * components : 3])
+            samplings = data[at + 11 : at + 10 + 3 * components : 3]
+            if not all(1 <= factor <= 4 for sampling in samplings for factor in (sampling >> 4, sampling & 15)):
+                return None  # damaged
+            rows = max(sampling & 15 for sampling in samplings)
             frame = Frame(height, width, at + 5, 8 * rows, tagged, marker != _PROGRESSIVE)
         elif marker == _SCAN:
+            coefficients = at + 5 + 2 * data[at + 4]  # first, last and precision of those in this scan
+            if frame and frame.by_rows and data[coefficients : coefficients + 3] != _ALL_COEFFICIENTS:
+                return None  # damaged
             return frame and frame._replace(tagged=tagged, by_rows=frame.by_rows and data[at + 4] == components)
         elif marker not in _PASSED_OVER or (marker == _PROFILE and data[at + 4 : at + 8] == b"MPF\0"):
             return None  # several images in one file are among them

@@ -116,8 +116,9 @@ class _Pass:
         context = type(multiprocessing.get_context(method))()  # one of our own
         context.Event = lambda: _Flag(context)
         self._at = context.RawArray("q", [_IDLE] * workers)  # the image that each worker is reading
+        self._pids = context.RawArray("q", [0] * workers)  # and who that is: children are listed in no order
         loader = DataLoader(
-            _Watched(dataset, self._at),
+            _Watched(dataset, self._at, self._pids),
             batch_sampler=keys,
             collate_fn=collate,
             num_workers=workers,
@@ -160,16 +161,16 @@ class _Pass:
             return error
         # A process that was killed while it handed a batch over breaks the connection before it is seen to be gone.
         gone = wait([worker.sentinel for worker in self._workers], timeout=0 if timed_out else 1)
-        for number, worker in enumerate(self._workers):
+        for worker in self._workers:
             if worker.sentinel in gone:
                 worker.join()
-                return WorkerDied(_obituary(worker.pid, worker.exitcode, self._place(number)))
+                return WorkerDied(_obituary(worker.pid, worker.exitcode, self._place(worker.pid)))
         if not timed_out:
             return error
         if not all(thread.is_alive() for thread in self._threads):
             return RuntimeError("the thread that takes batches from the reading processes failed (see above)")
         if self._timeout_seconds and waited >= self._timeout_seconds:
-            busy = [f"process {w.pid}{self._place(n)}" for n, w in enumerate(self._workers) if self._at[n] != _IDLE]
+            busy = [f"process {w.pid}{place}" for w in self._workers if (place := self._place(w.pid))]
             told = "; ".join(busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
             return WorkerFailed(
                 f"no batch of images came for {self._timeout_seconds:g} s (data.timeout_seconds): "
@@ -177,8 +178,8 @@ class _Pass:
             )
         return None
 
-    def _place(self, worker: int) -> str:
-        index = self._at[worker]
+    def _place(self, pid: int) -> str:
+        index = dict(zip(self._pids, self._at, strict=True)).get(pid, _IDLE)
         return "" if index == _IDLE else f" at {self._dataset.name(index)}"
 
     def abandon(self) -> None:
@@ -214,13 +215,14 @@ class _Flag:
 class _Watched(Dataset):
     """A data set that notes which image each worker is reading, for the message where it does not come back."""
 
-    def __init__(self, dataset: TrainImages | EvalImages, at):
-        self.dataset, self.at = dataset, at
+    def __init__(self, dataset: TrainImages | EvalImages, at, pids):
+        self.dataset, self.at, self.pids = dataset, at, pids
 
     def __getitem__(self, key):
         info = get_worker_info()
         if info is None:
             return self.dataset[key]
+        self.pids[info.id] = os.getpid()
         self.at[info.id] = key[1] if isinstance(key, tuple) else key
         sample = self.dataset[key]
         self.at[info.id] = _IDLE
