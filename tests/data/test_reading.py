@@ -177,9 +177,11 @@ def test_of_several_busy_workers_the_one_that_crashed_is_told(records, monkeypat
         indices.insert(crashing % 4, crashing)
         keys = [[(0, index)] for index in indices]
         batches = _Pass(TrainImages(records, TRANSFORM, 0, "fail", "ignore"), iter(keys), 4, False, 0)
-        with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {records.location(crashing)}$"):
-            next(batches)
-        batches.abandon()
+        try:
+            with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {records.location(crashing)}$"):
+                next(batches)
+        finally:
+            batches.abandon()
 
 
 def test_how_a_worker_ended_is_told_with_the_remedy():

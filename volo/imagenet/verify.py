@@ -30,9 +30,9 @@ def run_verify(folder: str, given: dict[str, str], cache: str) -> int:
         found = md5_of(path, manifests)
         _logger.info("%s  %s  %s", "as published" if found == expected else "DIFFERS     ", found, path)
         if found != expected:
-            wrong.append(f"{path} (MD5 {found}, expected {expected})")
+            wrong.append(f"{path.name} (MD5 {found}, expected {expected})")
     if wrong:
-        raise ValueError(f"not what was published, or not whole: {'; '.join(wrong)}. Fetch it again")
+        raise ValueError(f"not what was published, or not whole, in {folder}: {'; '.join(wrong)}. Fetch it again")
     missing = [name for name in MD5 if not (Path(folder) / name).exists()]
     _logger.info("%d files are whole%s", len(files), f"; not there: {', '.join(missing)}" if missing else "")
     return DONE if files else FAILED
