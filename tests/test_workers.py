@@ -110,7 +110,7 @@ def test_a_file_that_vanishes_in_the_middle_of_a_run(recipe, images, tmp_path, o
         times = ended.out.count(f"another image took the place of one that cannot be used: cannot read {gone}")
         # Two workers hold four batches ahead, no more than two epochs' worth.
         assert 4 <= times <= 6
-        assert f"unreadable images {times} times, reading processes that died 0 times" in ended.out
+        assert f"images that cannot be used {times} times, reading processes that died 0 times" in ended.out
 
 
 def test_storage_that_hangs_ends_the_run_with_the_file(recipe, images, tmp_path):
