@@ -25,9 +25,9 @@ def settle(path: Path) -> None:
     os.utime(path, (then, then))
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -97,9 +97,4 @@ def write_devkit(path: Path, synsets: list[str], truth: list[str]) -> Path:
             f"{ids[synset]}\n" for synset in truth
         ).encode(),
     }
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+    return write_tar(path, files, "w:gz")
