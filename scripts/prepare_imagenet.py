@@ -79,6 +79,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         values.expect = values.expect or [official[split] for split in values.splits]
         if len(values.expect) != len(values.splits):
             parser.error(f"--expect has {len(values.expect)} counts for {len(values.splits)} splits")
+    if values.command in ("unpack", "shard") and Path(values.output).resolve() == Path(values.source).resolve():
+        # Half of what is written there would be taken for the images themselves when it is run again.
+        parser.error(f"--output {values.output} is --source; name another folder")
     return values
 
 

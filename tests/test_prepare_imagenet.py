@@ -135,6 +135,14 @@ def test_without_the_development_kit_the_validation_set_has_no_classes(source):
 # ---------------------------------------------------------------------------------------------------------- unpack
 
 
+@pytest.mark.parametrize("command", ["unpack", "shard"])
+def test_archives_are_not_written_over(source, command):
+    before = sorted(source.iterdir())
+    ended = prepare(command, source, "--output", source / "../source", *EXPECT)
+    assert ended.code == USAGE and "is --source; name another folder" in ended.err
+    assert sorted(source.iterdir()) == before
+
+
 def test_unpacked_archives_are_the_folders_they_were_made_of(source, images, tmp_path):
     ended = prepare("unpack", source, "--output", "out", *EXPECT).assert_done()
     assert "as many as there are to be" in ended.out
