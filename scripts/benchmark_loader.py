@@ -36,7 +36,7 @@ from volo.data.loader import train_loader
 from volo.data.records import ImageRecords, has_image_suffix
 from volo.data.source import FolderSource, PackedNames
 from volo.rng import generator, torch_seed
-from volo.token_labels.geometry import warp
+from volo.token_labels.reference import warp
 from volo.token_labels.source import LabelSource
 from volo.token_labels.store import TokenLabelMap, label_key
 from volo.token_labels.writer import StoreWriter
@@ -226,7 +226,7 @@ class Bench:
                 marks.append(time.thread_time())
                 transform.apply(image, plan)
                 marks.append(time.thread_time())
-                self.source.cells(index, plan, size, grid)
+                self.source.led(index, plan, size, grid)
                 marks.append(time.thread_time())
                 for stage, begin, end in zip(times, marks, marks[1:], strict=False):
                     times[stage] += end - begin

@@ -11,6 +11,7 @@ from volo.config import Config
 from volo.distributed import World
 from volo.prepare import BatchPlan
 from volo.step import Learner
+from volo.token_labels.reference import ReferenceMaps
 
 META = torch.device("meta")
 
@@ -36,6 +37,7 @@ def test_the_meta_device_tells(ask):
         {"mix": {"cutmix": 1.0, "mix_token": False}, "optim": {"name": "lamb", "clip_grad": 0.1, "clip_mode": "value"}},
         {"token_label": {"root": "labels", "ground_truth": "published", "smoothing": "published"}},
         {"token_label": {"root": "labels"}, "mix": {"mixup": 0.8, "mode": "pair"}},
+        {"token_label": {"root": "labels", "geometry": "reference"}, "augment": {"order": "reference"}},
         {"train": {"batch_size": 8, "device_batch_size": 4, "channels_last": True, "recompute": "blocks"}},
         {"ema": {"enabled": True}, "optim": {"name": "momentum", "clip_grad": 0.1, "clip_mode": "agc"}},
     ],
@@ -49,7 +51,10 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     size = learner.plan.micro_size
     batch = make_batch(size)
     batch.erase_boxes.zero_()  # erasing fills boxes with a generator of the device
-    if config.token_label.root:
+    if config.token_label.geometry == "reference":
+        boxes = torch.tensor([[0.5, 1.0, 3.0, 2.0]]).expand(size, 4)
+        batch.token_labels = ReferenceMaps(torch.rand(size, 2, 4, 5), torch.zeros(size, 2, 4, 5).long(), boxes)
+    elif config.token_label.root:
         batch.token_labels = make_label_maps(size, learner.grid[0] * learner.grid[1])
     for step in range(3):
         for micro in range(learner.plan.micro_batches):

@@ -26,6 +26,10 @@ def test_token_view_names_the_largest_target_and_marks_tokens_outside():
     assert view.classes[0, :2].tolist() == [2, 3]
     np.testing.assert_allclose(view.shares[0, :2], [0.575, 0.7], atol=1e-6)
     assert view.valid.tolist() == [[True, True, False]]
+    dense = token_view(targets.to_dense(), (1, 3))  # as the published code builds them: every token counts
+    np.testing.assert_array_equal(dense.classes, view.classes)
+    np.testing.assert_array_equal(dense.shares, view.shares)
+    assert dense.valid.all()
 
 
 def test_synsets_are_shown_in_words():

@@ -253,7 +253,8 @@ class TokenLabelConfig:
         root: A packed store (scripts/generate_token_labels.py, scripts/pack_token_labels.py) or a folder in the
             published layout; without one, the image's own label is the target of every token.
         geometry: How label maps follow the pixels: "aligned" exactly; "reference" as the published code leads them,
-            its errors included, for the paper's recipes.
+            its errors and its dense targets included, bit for bit, for the paper's recipes; "reference_sparse" the
+            same to float rounding, in less memory.
         smoothing: "exact": smoothed rows sum to 1; "published": to 1 + smoothing / classes, as in the published code.
         ground_truth: Blend the image's own label into the class target, for fine-tuning: "published" trusts a
             teacher that misses it more (0.9) than one that finds it (0.5); "corrected" trusts it less (0.1).
@@ -261,7 +262,7 @@ class TokenLabelConfig:
     """
 
     root: str | None = None
-    geometry: Literal["aligned", "reference"] = "aligned"
+    geometry: Literal["aligned", "reference", "reference_sparse"] = "aligned"
     smoothing: Literal["exact", "published"] = "exact"
     ground_truth: Literal["off", "published", "corrected"] = "off"
     verify_checksums: bool = False
@@ -470,12 +471,12 @@ class Config:
             self.eval.weights != "ema" or self.ema.enabled,
             "eval.weights is 'ema', but ema.enabled is false: turn the average on or evaluate the raw weights",
         )
-        if self.token_label.root is not None and self.token_label.geometry == "reference":
+        if self.token_label.root is not None and self.token_label.geometry != "aligned":
             _require(
                 self.augment.order == "reference" and self.augment.crop == "random_resized",
-                "token_label.geometry 'reference' leads label maps through flip, RandAugment and random resized crop "
-                "in that order: set augment.order to reference and augment.crop to random_resized, or "
-                "token_label.geometry to aligned",
+                f"token_label.geometry {self.token_label.geometry!r} leads label maps through flip, RandAugment "
+                "and random resized crop in that order: set augment.order to reference and augment.crop to "
+                "random_resized, or token_label.geometry to aligned",
             )
         _require(
             self.schedule.min_lr <= self.optim.lr,

@@ -34,6 +34,7 @@ from volo.optim import create_ema, create_optimizer, load_optimizer_state, set_l
 from volo.precision import Precision, apex_initialise, require_apex_amp
 from volo.prepare import BatchPlan
 from volo.rng import generator, torch_seed
+from volo.token_labels.reference import ReferenceMaps, dense_targets
 from volo.token_labels.targets import TokenTargets, token_targets
 
 _logger = logging.getLogger("volo")
@@ -55,7 +56,7 @@ class Inputs(NamedTuple):
 
     Args:
         images: [B, 3, H, W], normalised, erased and mixed.
-        targets: [B, C], or those of every token where there are label maps.
+        targets: [B, C]; where there are label maps, those of every token, sparse or [B, C, 2 + N].
         mix_box: MixToken's box on the final grid, int [4], or None.
     """
 
@@ -174,20 +175,23 @@ class Learner:
         return Inputs(images, targets, mix_box)
 
     def _targets(self, batch: Batch, labels: Tensor) -> Tensor | TokenTargets:
-        """Return the targets of a batch: [B, C], or those of every token where there are label maps."""
+        """Return the targets of a batch: [B, C], or, where there are label maps, those of every token."""
         config = self.config
         targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
         if batch.token_labels is None:
             return targets
         maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
-        return token_targets(maps, targets, config.loss.smoothing, config.token_label.smoothing == "published")
+        smoothing = config.loss.smoothing, config.token_label.smoothing == "published"
+        if isinstance(maps, ReferenceMaps):
+            return dense_targets(maps, targets, self.grid, *smoothing)
+        return token_targets(maps, targets, *smoothing)
 
     def _mixed(self, targets: Tensor | TokenTargets, mix: MixPlan) -> Tensor | TokenTargets:
         """Return the targets of images that were mixed by MixUp or CutMix."""
         if isinstance(targets, Tensor):
             return mix_targets(targets, mix)
         shares = token_shares(mix, self.grid, self.config.model.image_hw)  # [B, N]
-        if self.config.token_label.geometry == "reference":  # the published code gives every token the image's ratio
+        if self.config.token_label.geometry != "aligned":  # the published code gives every token the image's ratio
             shares = mix.lam[:, None].expand_as(shares)
         device = self.world.device
         return targets.mixed(mix.lam.float().to(device), shares.float().to(device))

@@ -16,6 +16,7 @@ from volo.data.decode import UnreadableImage, count_notes, read_image, read_pixe
 from volo.data.records import ImageRecords
 from volo.rng import generator, torch_seed
 from volo.token_labels.geometry import TokenCells
+from volo.token_labels.reference import ReferenceMap, ReferenceMaps
 from volo.token_labels.source import LabelSource
 from volo.token_labels.targets import TokenLabelBatch
 
@@ -35,7 +36,7 @@ class Sample:
         noise_seed: Seed of the noise in that box.
         notes: What was unusual about the file.
         failures: Why files that were tried first, or this one, could not be read.
-        token_cells: What each token takes from the label map, where there are label maps.
+        token_labels: The label map as it was led through the augmentation, where there are label maps.
     """
 
     index: int
@@ -45,7 +46,7 @@ class Sample:
     noise_seed: int = 0
     notes: int = 0
     failures: tuple[str, ...] = ()
-    token_cells: TokenCells | None = None
+    token_labels: TokenCells | ReferenceMap | None = None
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Batch:
     indices: Tensor
     notes: Tensor
     failures: list[str]
-    token_labels: TokenLabelBatch | None = None
+    token_labels: TokenLabelBatch | ReferenceMaps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,7 +103,8 @@ def collate(samples: list[Sample]) -> Batch:
         return torch.tensor(values, dtype=torch.int64).reshape(len(readable), *shape)
 
     images = [torch.from_numpy(sample.image) for sample in readable]
-    cells = [sample.token_cells for sample in readable if sample.token_cells is not None]
+    maps = [sample.token_labels for sample in readable if sample.token_labels is not None]
+    kind = ReferenceMaps if maps and isinstance(maps[0], ReferenceMap) else TokenLabelBatch
     return Batch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=column([sample.label for sample in readable]),
@@ -111,7 +113,7 @@ def collate(samples: list[Sample]) -> Batch:
         indices=column([sample.index for sample in readable]),
         notes=column([int(sample.notes) for sample in readable]),
         failures=[failure for sample in samples for failure in sample.failures],
-        token_labels=TokenLabelBatch.collate(cells) if cells else None,
+        token_labels=kind.collate(maps) if maps else None,
     )
 
 
@@ -188,13 +190,13 @@ class TrainImages(_Images):
             pixels = self.transform.apply(image, plan)  # native pixels are decoded here
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        cells = None
+        maps = None
         if self.token_labels is not None:
             try:
-                cells = self.token_labels.cells(index, plan, size, self.transform.image_hw)
+                maps = self.token_labels.led(index, plan, size, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_cells=cells)
+        return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_labels=maps)
 
 
 class EvalImages(_Images):

@@ -108,8 +108,8 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
 
 
 def mix_targets(targets: Tensor, plan: MixPlan) -> Tensor:
-    """Return targets [B, C] mixed with the partners' by the shares of ``plan``."""
-    own = plan.lam[:, None]  # [B, 1]
+    """Return targets [B, C] or [B, C, 2 + N] mixed with the partners' by the shares of ``plan``."""
+    own = plan.lam.view(-1, *[1] * (targets.ndim - 1))
     return targets * _like(own, targets) + targets.flip(0) * _like(1 - own, targets)
 
 

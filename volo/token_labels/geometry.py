@@ -6,9 +6,8 @@ map is led the same way. Two readings of it:
 - ``aligned``: the plan is one chain of affine maps from the network's input back to the image. Every token's centre
   goes through it and reads the label map there, between the four cells around it. Points that left the image, or
   any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
-- ``reference``: what the published code does, to float rounding, its errors included: the map is flipped and warped
-  on its own coarse grid (no half-cell offset, no aspect ratio, zeros where it runs out), and the crop is pooled by
-  roi_align with rows and columns exchanged.
+- ``reference_sparse``: what the published code does, its errors included, to float rounding
+  (:mod:`volo.token_labels.reference` says what that is, and does it bit for bit).
 
 Either way the result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the
 class token a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells a token. Points are (x, y) in [0, 1]
@@ -25,6 +24,7 @@ from volo.data import pixels
 from volo.data.augment import Plan
 from volo.data.crop import ResizedCrop
 from volo.data.rand_augment import Op
+from volo.token_labels.reference import reference_map
 from volo.token_labels.store import TokenLabelMap
 
 _MAX_POINTS_PER_AXIS = 4
@@ -34,7 +34,7 @@ class TokenCells(NamedTuple):
     """What each token takes from the cells of a label map.
 
     Args:
-        scores: float32 [k, h * w], the label map's scores, warped in ``reference``.
+        scores: float32 [k, h * w], the label map's scores, warped in ``reference_sparse``.
         classes: int64 [k, h * w].
         cells: int64 [N, Q], cells of each token.
         weights: float32 [N, Q], their weights; they sum to 1 for a token that lies in the image.
@@ -67,13 +67,14 @@ def token_cells(
         image_hw: Size of the image as it was decoded.
         out_hw: Size of the network's input.
         grid: (L_h, L_w), the network's final grid.
-        mode: "aligned" or "reference".
+        mode: "aligned" or "reference_sparse".
         covers: What the map shows: "whole_image", or "reference" for the square in the middle of the image, as the
             published labels. What lies beside the square has no label. The published way of reading a map takes
             every map for one of the whole image.
     """
-    if mode == "reference":
+    if mode == "reference_sparse":
         return _reference_cells(labels, plan, image_hw, grid)
+    assert mode == "aligned", mode
     maps = source_maps(plan, image_hw, out_hw)
     return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "reference"), grid)
 
@@ -218,62 +219,18 @@ def _beside(height: int, width: int) -> np.ndarray:
     return np.array([right, below, below + right])
 
 
-# ---------------------------------------------------------------------------------------------- reference
+# ----------------------------------------------------------------------------------------------- reference
 
 
 def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int], grid: tuple[int, int]) -> TokenCells:
-    assert plan.order == "reference" and isinstance(plan.crop, ResizedCrop), plan
-    scores, classes = labels.scores.astype(np.float32), labels.classes.astype(np.int64)
-    if plan.hflip:
-        scores, classes = scores[:, :, ::-1], classes[:, :, ::-1]
-    if plan.vflip:
-        scores, classes = scores[:, ::-1], classes[:, ::-1]
-    for op in plan.ops:
-        if op.resample is not None:
-            scores, classes = warp(scores, classes, op)
-
-    height, width = scores.shape[1:]
-    crop = plan.crop
-    # The published code takes the size of the third axis for both, and hands (top, left, bottom, right) to
-    # roi_align, which reads them as (x, y, x, y).
-    corners = np.array(
-        [crop.top / image_hw[0], crop.left / image_hw[1], crop.height / image_hw[0], crop.width / image_hw[1]],
-        dtype=np.float32,
-    )
-    corners[2:] += corners[:2]
-    box = corners * np.float32(width) - np.float32(0.5)
+    led = reference_map(labels, plan, image_hw)
+    map_hw = led.scores.shape[1:]
     return TokenCells(
-        np.ascontiguousarray(scores.reshape(len(scores), -1)),
-        np.ascontiguousarray(classes.reshape(len(classes), -1)),
-        *(pixels.roi(box, (height, width), grid) or roi_slowly(box, (height, width), grid)),
+        led.scores.reshape(len(led.scores), -1),
+        led.classes.reshape(len(led.classes), -1),
+        *(pixels.roi(led.box, map_hw, grid) or roi_slowly(led.box, map_hw, grid)),
         np.ones(grid[0] * grid[1], dtype=bool),
     )
-
-
-def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, np.ndarray]:
-    """Warp planes [k, h, w] to the nearest cell, in cell indices, as the published code warps its labels.
-
-    Outside, scores become 0, and classes are those of the nearest cell on the edge.
-    """
-    height, width = scores.shape[1:]
-    row, column = np.arange(height, dtype=np.float64)[:, None], np.arange(width, dtype=np.float64)
-    value = op.args[0]
-    if op.name == "ShearX":
-        column = column + value * row
-    elif op.name == "ShearY":
-        row = row + value * column
-    elif op.name == "TranslateXRel":
-        column = column + value * width
-    elif op.name == "TranslateYRel":
-        row = row + value * height
-    else:
-        cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
-        r, c = row - height / 2, column - width / 2
-        row, column = cos * r + sin * c + height / 2, -sin * r + cos * c + width / 2
-    nearest_row = (np.minimum(np.maximum(row, 0), height - 1) + 0.5).astype(np.int64)
-    nearest_column = (np.minimum(np.maximum(column, 0), width - 1) + 0.5).astype(np.int64)
-    inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
-    return scores[:, nearest_row, nearest_column] * inside, classes[:, nearest_row, nearest_column]
 
 
 def roi_slowly(

@@ -17,7 +17,7 @@ from torch import Tensor
 from volo.token_labels.store import MAX_CLASSES, StoreHeader, TokenLabelMap, check_map
 
 _SUFFIX = ".pt"
-_FILES_FOR_TOP_K = 5
+_FILES_FOR_SHAPE = 5
 # From here on float16 skips integers, so a class index stored in it may be that of a neighbour.
 _EXACT_IN_FLOAT16 = 2048
 
@@ -57,30 +57,24 @@ class PublishedLabels:
     @property
     def header(self) -> StoreHeader:
         """What the labels have in common, as far as a few files show; ValueError where none of them is a label."""
-        return StoreHeader("published", "reference", self._top_k, self._num_classes, None, len(self))
+        return StoreHeader("published", "reference", self._shape[0], self._num_classes, None, len(self))
+
+    def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
+        """Return the height and width that maps have, as far as a few files show."""
+        return self._shape[1:]
 
     @functools.cached_property
-    def _top_k(self) -> int:
-        """What most of a few files have: any one of them may be damaged."""
+    def _shape(self) -> tuple[int, int, int]:
+        """What most of a few files have, (k, height, width): any one of them may be damaged."""
         counts, failures = Counter(), []
-        for entry in sample(len(self), _FILES_FOR_TOP_K):
+        for entry in sample(len(self), _FILES_FOR_SHAPE):
             try:
-                counts[_load_tensor(self._file(entry)).shape[1]] += 1
+                counts[tuple(_load_tensor(self._file(entry)).shape[1:])] += 1
             except ValueError as error:
                 failures.append(error)
         if not counts:
             raise failures[0]
         return counts.most_common(1)[0][0]
-
-    def damaged(self, entries: Sequence[int]) -> list[str]:
-        """Return why label files cannot be read, one line for each of ``entries`` that cannot."""
-        reasons = []
-        for entry in entries:
-            try:
-                self.read(entry)
-            except ValueError as error:
-                reasons.append(str(error))
-        return reasons
 
     def expect_classes(self, num_classes: int) -> None:
         """From now on reading refuses class indices of ``num_classes`` and above."""
@@ -124,7 +118,7 @@ class PublishedLabels:
         path = self._file(entry)
         tensor = _load_tensor(path)
         label = TokenLabelMap(tensor[0].half().numpy(), _class_indices(tensor[1], path))
-        check_map(label, self._top_k, self._num_classes, str(path))
+        check_map(label, self._shape[0], self._num_classes, str(path))
         return label
 
     def _file(self, entry: int) -> Path:

@@ -9,7 +9,8 @@ from volo.data.augment import Plan
 from volo.token_labels.geometry import TokenCells, token_cells
 from volo.token_labels.opening import check_covers, check_orientation, open_labels
 from volo.token_labels.published import PublishedLabels, sample
-from volo.token_labels.store import TokenLabelStore, label_key
+from volo.token_labels.reference import ReferenceMap, reference_map
+from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 
 # Reading one takes some 0.3 ms from memory, and some 10 ms over a network.
 _FILES_TRIED = 1000
@@ -25,7 +26,7 @@ class LabelSource:
         names: Name of each image, as :class:`volo.data.source.Source` has it.
         classes: Class names in index order.
         grid: (rows, columns) of the network's final token grid.
-        geometry: "aligned" or "reference".
+        geometry: "aligned", "reference" or "reference_sparse".
         exif: What the run does with orientation tags, "ignore" or "apply"; the labels have to be made alike.
         verify_checksums: Read all of a packed store and compare its checksums.
 
@@ -55,6 +56,7 @@ class LabelSource:
         self.entries: np.ndarray = check_covers(self.labels, [label_key(name) for name in names], len(classes), classes)
         self.grid = grid
         self.geometry = geometry
+        self._map_hw = self.labels.map_hw(self.entries) if geometry == "reference" else None
 
     def try_files(self, on_error: str) -> None:
         """Read label files of the published layout: all of them where they are few, else some from all over.
@@ -69,8 +71,12 @@ class LabelSource:
         """
         if not isinstance(self.labels, PublishedLabels):
             return
-        tried = self.entries[sample(len(self.entries), _FILES_TRIED)].tolist()
-        damaged = self.labels.damaged(tried)
+        tried, damaged = sample(len(self.entries), _FILES_TRIED), []
+        for index in tried:
+            try:
+                self._read(index)
+            except ValueError as error:
+                damaged.append(str(error))
         if not damaged:
             return
         told = f"{len(damaged):,} of {len(tried):,} label files that were tried are damaged"
@@ -80,13 +86,29 @@ class LabelSource:
         for reason in damaged[:10]:
             _logger.warning("  %s", reason)
 
-    def cells(self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> TokenCells:
-        """Return what each token takes from the label map of image ``index`` after ``plan``.
+    def led(
+        self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]
+    ) -> TokenCells | ReferenceMap:
+        """Return the label map of image ``index`` after ``plan``: what each token takes from it.
 
         Raises ValueError, naming the label, where it is damaged.
         """
-        labels = self.labels.read(int(self.entries[index]))
+        labels = self._read(index)
+        if self.geometry == "reference":
+            return reference_map(labels, plan, image_hw)
         return token_cells(labels, plan, image_hw, out_hw, self.grid, self.geometry, self.labels.header.geometry)
+
+    def _read(self, index: int) -> TokenLabelMap:
+        entry = int(self.entries[index])
+        labels = self.labels.read(entry)
+        found = labels.scores.shape[1:]
+        if self._map_hw is not None and found != self._map_hw:
+            raise ValueError(
+                f"{self.labels.path}: the map of {self.labels.key(entry)} has {found[0]}x{found[1]} cells and others "
+                f"have {self._map_hw[0]}x{self._map_hw[1]}, where the published way of reading them takes one size: "
+                "generate it again, or set token_label.geometry to reference_sparse"
+            )
+        return labels
 
     def __str__(self) -> str:
         header = self.labels.header

@@ -183,6 +183,19 @@ class TokenLabelStore:
             found[i] = next((entry for entry in others if self.key(entry) == keys[i]), -1)
         return found
 
+    def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
+        """Return the height and width that the maps of ``entries`` have; ValueError where they differ."""
+        fields = self._fields()[entries]
+        sizes, counts = np.unique(np.stack([fields["height"], fields["width"]], 1), axis=0, return_counts=True)
+        if len(sizes) > 1:
+            (a, b), (c, d) = sizes[np.argsort(-counts, kind="stable")[:2]].tolist()
+            raise ValueError(
+                f"{self.path} has maps of {len(sizes):,} sizes ({a}x{b}, {c}x{d}, ...), and the published way of "
+                "reading them takes one: set token_label.geometry to reference_sparse, which has the same targets to "
+                "float rounding, or to aligned"
+            )
+        return tuple(sizes[0].tolist())
+
     def verify_checksums(self) -> None:
         """Read every file from end to end; ValueError names one that is not what was packed."""
         for name, record in self._files.items():

@@ -1,0 +1,130 @@
+"""Label maps the published way, bit for bit: how they follow the pixels, and the dense targets made of them.
+
+The map is flipped with the image and warped on its own coarse grid, with no half-cell offset, no aspect ratio and zeros
+where it runs out. The crop touches the image alone; its box is handed to roi_align with rows and columns exchanged,
+which pools scores that were spread over all classes. Nobody is to mend that here: the paper's numbers rest on it.
+
+B images, C classes, k scores a cell, h x w cells of a map, N = L_h * L_w tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from volo.data.augment import Plan
+from volo.data.crop import ResizedCrop
+from volo.data.rand_augment import Op
+from volo.token_labels.store import TokenLabelMap
+
+
+class ReferenceMap(NamedTuple):
+    """A label map after flip and RandAugment, and where the crop looks in it.
+
+    Args:
+        scores: float32 [k, h, w].
+        classes: int64 [k, h, w].
+        box: float32 [4], what roi_align takes for (x1, y1, x2, y2), in cells.
+    """
+
+    scores: np.ndarray
+    classes: np.ndarray
+    box: np.ndarray
+
+
+class ReferenceMaps(NamedTuple):
+    """Those of a batch, on the host or on the device: scores [B, k, h, w], classes [B, k, h, w], boxes [B, 4]."""
+
+    scores: Tensor
+    classes: Tensor
+    boxes: Tensor
+
+    @classmethod
+    def collate(cls, samples: Sequence[ReferenceMap]) -> "ReferenceMaps":
+        """Stack samples; their maps are of one size, which is made sure of before the first step."""
+        return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True)))
+
+    def map(self, function) -> "ReferenceMaps":
+        """Return a copy with ``function`` applied to every tensor."""
+        return ReferenceMaps(*map(function, self))
+
+
+def reference_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) -> ReferenceMap:
+    """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan``."""
+    assert plan.order == "reference" and isinstance(plan.crop, ResizedCrop), plan
+    scores, classes = labels.scores.astype(np.float32), labels.classes.astype(np.int64)
+    if plan.hflip:
+        scores, classes = scores[:, :, ::-1], classes[:, :, ::-1]
+    if plan.vflip:
+        scores, classes = scores[:, ::-1], classes[:, ::-1]
+    for op in plan.ops:
+        if op.resample is not None:
+            scores, classes = warp(scores, classes, op)
+
+    crop = plan.crop
+    corners = np.array(
+        [crop.top / image_hw[0], crop.left / image_hw[1], crop.height / image_hw[0], crop.width / image_hw[1]],
+        dtype=np.float32,
+    )
+    corners[2:] += corners[:2]
+    # (top, left, bottom, right), which roi_align reads as (x, y, x, y); and the width stands for the height, too.
+    box = corners * np.float32(scores.shape[2]) - np.float32(0.5)
+    return ReferenceMap(np.ascontiguousarray(scores), np.ascontiguousarray(classes), box)
+
+
+def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, np.ndarray]:
+    """Warp planes [k, h, w] to the nearest cell, in cell indices, as the published code warps its labels.
+
+    Outside, scores become 0, and classes are those of the nearest cell on the edge.
+    """
+    height, width = scores.shape[1:]
+    row, column = np.arange(height, dtype=np.float64)[:, None], np.arange(width, dtype=np.float64)
+    value = op.args[0]
+    if op.name == "ShearX":
+        column = column + value * row
+    elif op.name == "ShearY":
+        row = row + value * column
+    elif op.name == "TranslateXRel":
+        column = column + value * width
+    elif op.name == "TranslateYRel":
+        row = row + value * height
+    else:
+        cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
+        r, c = row - height / 2, column - width / 2
+        row, column = cos * r + sin * c + height / 2, -sin * r + cos * c + width / 2
+    nearest_row = (np.minimum(np.maximum(row, 0), height - 1) + 0.5).astype(np.int64)
+    nearest_column = (np.minimum(np.maximum(column, 0), width - 1) + 0.5).astype(np.int64)
+    inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
+    return scores[:, nearest_row, nearest_column] * inside, classes[:, nearest_row, nearest_column]
+
+
+def dense_targets(
+    maps: ReferenceMaps, truth: Tensor, grid: tuple[int, int], smoothing: float, published_smoothing: bool
+) -> Tensor:
+    """Build the published targets [B, C, 2 + N] of a batch (truth, class token, tokens), on the device of ``maps``.
+
+    100 MB for 128 images at 1,000 classes; ``reference_sparse`` has the same values, to float rounding, without it.
+
+    Args:
+        maps: The batch's label maps.
+        truth: Class targets [B, C] of the images' own labels, smoothed.
+        grid: (L_h, L_w).
+        smoothing: Share s of the uniform distribution in the teacher's targets.
+        published_smoothing: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code;
+            else t (1 - s) + s / C, whose rows sum to 1.
+    """
+    batch, num_classes = truth.shape
+    spread = maps.scores.new_zeros(batch, num_classes, *maps.scores.shape[2:])
+    spread.scatter_(1, maps.classes, maps.scores)  # [B, C, h, w]; the k classes of a cell differ
+    numbers = torch.arange(batch, device=maps.boxes.device, dtype=maps.boxes.dtype)
+    rois = torch.cat([numbers[:, None], maps.boxes], dim=1)  # [B, 5]
+    tokens = roi_align(spread, rois, grid).flatten(2)  # [B, C, N]
+    whole = roi_align(spread, rois, (1, 1)).flatten(2)  # [B, C, 1]
+    teacher = torch.cat([whole, tokens], dim=2).softmax(1)
+    uniform = smoothing / num_classes
+    scale = 1 - smoothing + (uniform if published_smoothing else 0.0)
+    return torch.cat([truth[..., None], teacher * scale + uniform], dim=2)
