@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from volo.config import AugmentConfig
-from volo.data import pixels
+from volo.data import jpeg_region, pixels
 from volo.data.crop import ResizedCrop, Shift, draw_erase_box, draw_resized_crop, draw_shift
 from volo.data.pixels import Pixels
 from volo.data.rand_augment import Op, parse_rand_augment
@@ -42,10 +42,13 @@ class Backend:
         if reason and choice == "native":
             raise ValueError(f"augment.backend is 'native'. {reason}; give auto or pillow")
         self.native = reason is None
-        self._reason = reason
+        self._reason = reason or jpeg_region.why_not()
 
     def __str__(self) -> str:
-        return "native" if self.native else f"Pillow ({self._reason})"
+        if not self.native:
+            return f"Pillow ({self._reason})"
+        # The bytes are the same, but there is something to gain.
+        return f"native (JPEGs by whole rows, a little slower: {self._reason})" if self._reason else "native"
 
 
 @dataclass(frozen=True)

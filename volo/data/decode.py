@@ -14,8 +14,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from volo.data import jpeg_region
 from volo.data.jpeg import Frame, plain_frame, top
-from volo.data.pixels import Pixels, from_image, reused
+from volo.data.pixels import Box, Pixels, from_image, reused
 
 # Suffixes that count as images (torchvision's list), each with the formats it promises.
 SUFFIX_FORMATS = {
@@ -87,8 +88,8 @@ def read_image(data: bytes, name: str, exif: str = "ignore") -> tuple[Image.Imag
 def read_pixels(data: bytes, name: str, exif: str = "ignore") -> tuple[Pixels, Note]:
     """Do what :func:`read_image` does, faster where the content is a plain JPEG, as most are.
 
-    The pixels are the same: both decoders are libjpeg-turbo, but here it writes only rows that are needed, into memory
-    that is there already. Arguments and errors as there; what is wrong with the data of a JPEG comes to light when
+    The pixels are the same: both decoders are libjpeg-turbo, but here it writes only what is needed, into memory that
+    is there already. Arguments and errors as there; what is wrong with the data of a JPEG comes to light when
     something is made of the pixels.
     """
 
@@ -102,20 +103,28 @@ def read_pixels(data: bytes, name: str, exif: str = "ignore") -> tuple[Pixels, N
         notes |= Note.EXIF_ROTATED
         if exif == "apply":
             return Pixels.of(read_image(data, name, exif)[0]), notes
-    return Pixels(frame.height, frame.width, lambda rows: _decoded(data, name, frame, rows)), notes
+    return Pixels(frame.height, frame.width, lambda box: _decoded(data, name, frame, box)), notes
 
 
-def _decoded(data: bytes, name: str, frame: Frame, rows: int) -> np.ndarray:
-    """Return a plain JPEG as uint8 [H, W, 4], of which the first ``rows`` are right, decoded by Pillow if need be."""
+def _decoded(data: bytes, name: str, frame: Frame, box: Box) -> np.ndarray:
+    """Return a plain JPEG as uint8 [H, W, 4], of which ``box`` is right, decoded by Pillow if need be."""
     pixels = reused(frame.height, frame.width)
+    by_boxes = jpeg_region.why_not() is None
+    if jpeg_region.decode(data, frame, box, pixels) if by_boxes else _decode_rows(data, frame, box[3], pixels):
+        return pixels
+    image, _ = read_image(data, name)  # Pillow says what it makes of it
+    return from_image(image)
+
+
+def _decode_rows(data: bytes, frame: Frame, rows: int, pixels: np.ndarray) -> bool:
+    """Do what :func:`volo.data.jpeg_region.decode` does, for whole rows from the top."""
     shorter = top(data, frame, rows)
     try:
         # Strict takes even a warning for an error; but that the data go on after the last row is what was asked for.
         simplejpeg.decode_jpeg(shorter or data, "RGBX", buffer=pixels, strict=shorter is None)
-        return pixels
-    except ValueError:  # Pillow says what it makes of it
-        image, _ = read_image(data, name)
-        return from_image(image)
+    except ValueError:
+        return False
+    return True
 
 
 def count_notes(notes: Iterable[int]) -> dict[str, int]:

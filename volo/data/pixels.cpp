@@ -404,19 +404,28 @@ inline double kernel(double x, bool cubic) {
     return x < 1 ? ((a + 2) * x - (a + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
+struct Filter {  // which pixels of `in` in a row make each of `out`
+    int64_t in;
+    double scale, stretched, support;
+    Filter(int64_t in, int64_t out, bool cubic)
+        : in(in), scale(double(in) / out), stretched(std::max(scale, 1.0)), support((cubic ? 2.0 : 1.0) * stretched) {}
+    double centre(int64_t o) const { return (o + 0.5) * scale; }
+    int64_t low(int64_t o) const { return std::max<int64_t>(int64_t(centre(o) - support + 0.5), 0); }
+    int64_t end(int64_t o) const { return std::min(int64_t(centre(o) + support + 0.5), in); }
+};
+
 void prepare(Axis& axis, int64_t in, int64_t out, int64_t begin, int64_t end, bool cubic) {
-    const double scale = double(in) / out, stretched = std::max(scale, 1.0);
-    const double support = (cubic ? 2.0 : 1.0) * stretched, shrink = 1.0 / stretched;
-    const int64_t most = 2 * int64_t(std::ceil(support)) + 1;
+    const Filter filter(in, out, cubic);
+    const double shrink = 1.0 / filter.stretched;
+    const int64_t most = 2 * int64_t(std::ceil(filter.support)) + 1;
     axis.taps = most + most % 2;
     axis.first.assign(end - begin, 0);
     axis.weights.assign((end - begin) * axis.taps, 0);
     std::vector<double> exact(most);
     int64_t used = 1;
     for (int64_t o = begin; o < end; ++o) {
-        const double centre = (o + 0.5) * scale;
-        const int64_t low = std::max<int64_t>(int64_t(centre - support + 0.5), 0);
-        const int64_t count = std::min(int64_t(centre + support + 0.5), in) - low;
+        const double centre = filter.centre(o);
+        const int64_t low = filter.low(o), count = filter.end(o) - low;
         double sum = 0;
         for (int64_t i = 0; i < count; ++i) sum += exact[i] = kernel((i + low - centre + 0.5) * shrink, cubic);
         int32_t* weights = &axis.weights[(o - begin) * axis.taps];
@@ -491,10 +500,15 @@ void resize_down(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stri
     }
 }
 
+// What of the resized image is shown.
+Box shown(const Job& job) {
+    return {std::max<int64_t>(job.left, 0), std::max<int64_t>(job.top, 0),
+            std::min(job.left + job.out_w, job.resized_w), std::min(job.top + job.out_h, job.resized_h)};
+}
+
 // Resizes job.crop of `in`. Across first; where `tall_first`, what shrinks, and more so in height, downwards first.
 Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result) {
-    const int64_t x0 = std::max<int64_t>(job.left, 0), x1 = std::min(job.left + job.out_w, job.resized_w);
-    const int64_t y0 = std::max<int64_t>(job.top, 0), y1 = std::min(job.top + job.out_h, job.resized_h);
+    const auto [x0, y0, x1, y1] = shown(job);
     const Image out = result.image({0, 0, job.out_w, job.out_h}, job.out_w, job.out_h);
     if (x1 - x0 < job.out_w || y1 - y0 < job.out_h) std::memset(out.data, 0, out.stride * job.out_h);
     if (x0 >= x1 || y0 >= y1) return out;
@@ -564,23 +578,30 @@ void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
 
 }  // namespace
 
-// How many of the image's rows, from the top, are looked at.
-extern "C" int64_t rows_needed(const Job* given, const Op* ops) {
+// The box of the image that is looked at, as x0, y0, x1, y1. What a weight of 0 stands before need not be there.
+extern "C" void box_needed(const Job* given, const Op* ops, int64_t* box) {
     const Job& job = *given;
+    Box from = {0, 0, 1, 1};  // of an output that lies beside the image
     if (job.ops_first) {
         std::vector<Box> boxes;
         find_boxes(job, ops, boxes);
-        return job.vflip ? job.height - boxes[0].y0 : boxes[0].y1;
+        from = boxes[0];
+        if (job.hflip) from = {job.width - from.x1, from.y0, job.width - from.x0, from.y1};
+        if (job.vflip) from = {from.x0, job.height - from.y1, from.x1, job.height - from.y0};
+    } else {
+        const Box seen = shown(job), &crop = job.crop;
+        if (seen.x0 < seen.x1 && seen.y0 < seen.y1) {
+            const Filter across(crop.x1 - crop.x0, job.resized_w, job.cubic);
+            const Filter down(crop.y1 - crop.y0, job.resized_h, job.cubic);
+            from = {crop.x0 + across.low(seen.x0), crop.y0 + down.low(seen.y0), crop.x0 + across.end(seen.x1 - 1),
+                    crop.y0 + down.end(seen.y1 - 1)};
+        }
     }
-    const int64_t end = std::min(job.top + job.out_h, job.resized_h), H = job.crop.y1 - job.crop.y0;
-    if (end <= std::max<int64_t>(job.top, 0)) return 1;
-    Axis down;
-    prepare(down, H, job.resized_h, end - 1, end, job.cubic);
-    return job.crop.y0 + std::min(down.first.back() + down.taps, H);
+    box[0] = from.x0, box[1] = from.y0, box[2] = from.x1, box[3] = from.y1;
 }
 
-// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], of which the rows that are
-// needed have to be there, is overwritten; 64 bytes after it may be read.
+// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], of which the box that is
+// needed has to be there, is overwritten; 64 bytes after it may be read.
 extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t* out) {
     static thread_local Scratch between, result, scratch[2];
     static thread_local std::vector<Box> boxes;

@@ -48,6 +48,7 @@ _KINDS = {
 _AFFINE = 10
 _BICUBIC = Image.Resampling.BICUBIC
 _memory = threading.local()
+Box = tuple[int, int, int, int]
 
 
 def why_not() -> str | None:
@@ -57,18 +58,18 @@ def why_not() -> str | None:
 
 
 class Pixels:
-    """One image that is decoded when something is made of it, which may be once, and as far down as that needs.
+    """One image that is decoded when something is made of it, which may be once, and as much of it as that needs.
 
     Args:
         height: H.
         width: W.
-        decode: Takes a number of rows and returns the image, uint8 [H, W, 4] from :func:`reused`, of which at least
-            these rows, from the top, are there. The fourth channel means nothing.
+        decode: Takes a box (left, top, right, bottom) and returns the image, uint8 [H, W, 4] from :func:`reused`, of
+            which at least the box is there. The fourth channel means nothing.
     """
 
     __slots__ = ("height", "width", "_decode")
 
-    def __init__(self, height: int, width: int, decode: Callable[[int], np.ndarray]):
+    def __init__(self, height: int, width: int, decode: Callable[[Box], np.ndarray]):
         self.height = height
         self.width = width
         self._decode = decode
@@ -76,7 +77,7 @@ class Pixels:
     @classmethod
     def of(cls, image: Image.Image) -> "Pixels":
         """Return the pixels of an RGB image."""
-        return cls(image.height, image.width, lambda rows: from_image(image))
+        return cls(image.height, image.width, lambda box: from_image(image))
 
     def augmented(
         self,
@@ -119,7 +120,7 @@ class Pixels:
 
     def _render(
         self,
-        box: tuple[int, int, int, int],
+        box: Box,
         resized_hw: tuple[int, int],
         place: tuple[int, int],
         out_hw: tuple[int, int],
@@ -139,7 +140,9 @@ class Pixels:
             *fill,
         )
         library = _library()
-        array = self._decode(library.rows_needed(job, ops))
+        needed = (ctypes.c_int64 * 4)()
+        library.box_needed(job, ops, needed)
+        array = self._decode(tuple(needed))
         assert array.shape == (self.height, self.width, 4) and array.flags.c_contiguous
         out = np.empty((3, *out_hw), np.uint8)
         library.render(array.ctypes.data, job, ops, out.ctypes.data)
@@ -231,6 +234,6 @@ def _library() -> ctypes.CDLL | str:
     library.render.restype = None
     library.roi.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 3]
     library.roi.restype = ctypes.c_int64
-    library.rows_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    library.rows_needed.restype = ctypes.c_int64
+    library.box_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
+    library.box_needed.restype = None
     return library

@@ -1,0 +1,131 @@
+// Decodes a box of a JPEG with the very libjpeg-turbo that Pillow has loaded. jpeg_region.py builds this file and calls it.
+//
+// Every bit of the file up to the last row of the box has to be read, but what lies above and beside the box is neither
+// transformed back nor brought to full colours. The functions are looked up at run time; jpeglib.h only says how they
+// are called, and the library refuses a caller whose header has another layout.
+#include <algorithm>
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <dlfcn.h>
+#include <type_traits>
+
+#include <jpeglib.h>  // takes size_t and FILE from the above
+
+namespace {
+
+struct Library {
+    decltype(&jpeg_std_error) std_error;
+    decltype(&jpeg_CreateDecompress) create;
+    decltype(&jpeg_destroy_decompress) destroy;
+    decltype(&jpeg_mem_src) read_from;
+    decltype(&jpeg_read_header) read_header;
+    decltype(&jpeg_start_decompress) start;
+    decltype(&jpeg_crop_scanline) crop;
+    decltype(&jpeg_skip_scanlines) skip;
+    decltype(&jpeg_read_scanlines) read;
+} jpeg;
+
+struct Box {
+    int64_t x0, y0, x1, y1;
+};
+
+struct Decoder {
+    jpeg_error_mgr errors;  // first: the library hands back a pointer to it
+    jmp_buf failed;
+    jpeg_decompress_struct info;
+};
+
+void fail(j_common_ptr info) { std::longjmp(reinterpret_cast<Decoder*>(info->err)->failed, 1); }
+void say_nothing(j_common_ptr) {}
+
+// Whether nothing but the end follows in the data of a scan. Damage further down would fail a whole decoding: then it is
+// to do so whatever the box. Where it breaks no marker it goes unseen.
+bool ends_well(const uint8_t* p, const uint8_t* end) {
+    constexpr uint8_t mark = 0xff, stuffing = 0x00, restart = 0xd0, end_of_image = 0xd9;
+    while ((p = static_cast<const uint8_t*>(std::memchr(p, mark, end - p))) && ++p < end)
+        if (*p != stuffing && (*p & 0xf8) != restart) return *p == end_of_image;
+    return false;
+}
+
+// Grey, or a first colour beside others that are as fine, or half as fine across, down or both. With other layouts,
+// which hardly occur, earlier versions of the library had their difficulties.
+bool is_common(const jpeg_decompress_struct& info) {
+    const int across = info.max_h_samp_factor, down = info.max_v_samp_factor;
+    if (across > 2 || down > 2) return false;
+    if (info.num_components == 1) return across == 1 && down == 1;
+    for (int i = 0; i < info.num_components; ++i) {
+        const jpeg_component_info& colour = info.comp_info[i];
+        const bool fine = colour.h_samp_factor == across && colour.v_samp_factor == down;
+        if (!fine && (i == 0 || colour.h_samp_factor != 1 || colour.v_samp_factor != 1)) return false;
+    }
+    return true;
+}
+
+// The objects of this function hold nothing, as an error in the library jumps out of it.
+bool decode(Decoder& decoder, const uint8_t* data, int64_t size, uint8_t* pixels, int64_t width, int64_t height,
+            Box box) {
+    jpeg_decompress_struct& info = decoder.info;
+    info.err = jpeg.std_error(&decoder.errors);
+    info.err->error_exit = fail;
+    info.err->output_message = say_nothing;
+    if (setjmp(decoder.failed)) return false;
+    jpeg.create(&info, JPEG_LIB_VERSION, sizeof info);
+    jpeg.read_from(&info, data, size);
+    jpeg.read_header(&info, TRUE);
+    info.out_color_space = JCS_EXT_RGBX;
+    jpeg.start(&info);
+    if (info.output_width != width || info.output_height != height) return false;
+
+    if (!is_common(info)) box = {0, 0, width, height};
+    // Coarser colours are mixed with their neighbours, which beside what is decoded are not there: a block more on either
+    // side, whose own pixels nobody looks at. Above and below the library sees to it.
+    const int64_t block = 8 * info.max_h_samp_factor, beside = block > 8 ? block : 0;
+    box.x0 = std::max<int64_t>(box.x0 / block * block - beside, 0);
+    box.x1 = std::min((box.x1 + block - 1) / block * block + beside, width);
+    if (box.x0 > 0 || box.x1 < width) {
+        JDIMENSION begin = JDIMENSION(box.x0), columns = JDIMENSION(box.x1 - box.x0);
+        jpeg.crop(&info, &begin, &columns);
+        if (begin != box.x0 || columns != box.x1 - box.x0) return false;
+    }
+    if (box.y0 > 0 && jpeg.skip(&info, JDIMENSION(box.y0)) != box.y0) return false;
+    while (info.output_scanline < box.y1) {
+        JSAMPROW row = pixels + 4 * (info.output_scanline * width + box.x0);
+        jpeg.read(&info, &row, 1);
+    }
+    return info.err->num_warnings == 0;
+}
+
+}  // namespace
+
+// Takes the functions of a library that was loaded. Returns the name of one that it lacks, or null.
+extern "C" const char* bind(void* library) {
+    const char* missing = nullptr;
+    const auto find = [&](auto& function, const char* name) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+        if (!function) missing = name;
+    };
+    find(jpeg.std_error, "jpeg_std_error");
+    find(jpeg.create, "jpeg_CreateDecompress");
+    find(jpeg.destroy, "jpeg_destroy_decompress");
+    find(jpeg.read_from, "jpeg_mem_src");
+    find(jpeg.read_header, "jpeg_read_header");
+    find(jpeg.start, "jpeg_start_decompress");
+    find(jpeg.crop, "jpeg_crop_scanline");
+    find(jpeg.skip, "jpeg_skip_scanlines");
+    find(jpeg.read, "jpeg_read_scanlines");
+    return missing;
+}
+
+// Decodes a file of `size` bytes to `pixels`, RGBX [height, width], of which box x0, y0, x1, y1 will be right. `scan` is
+// where its only scan starts, or -1. Returns 0 where there is an error, or as much as a warning.
+extern "C" int64_t decode_region(const uint8_t* data, int64_t size, int64_t scan, uint8_t* pixels, int64_t width,
+                                 int64_t height, int64_t x0, int64_t y0, int64_t x1, int64_t y1) {
+    if (scan >= 0 && !ends_well(data + scan + 2, data + size)) return 0;
+    Decoder decoder{};
+    const bool done = decode(decoder, data, size, pixels, width, height, {x0, y0, x1, y1});
+    jpeg.destroy(&decoder.info);
+    return done;
+}
