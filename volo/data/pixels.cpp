@@ -42,6 +42,7 @@ struct Job {  // as pixels.py packs it
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef double f64x4 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
 
 // Four and eight bytes as integers, and back. GCC makes single bytes of these conversions where it could take vectors.
 #ifdef __AVX2__
@@ -120,10 +121,31 @@ void count(const Image& image, Counts& counts) {  // over the whole canvas
         for (int v = 0; v < 256; ++v) counts[c][v] = int64_t(some[0][c][v]) + some[1][c][v];
 }
 
-void stretch(const int64_t* counts, Table& table) {
-    int low = 0, high = 255;
-    while (low < 256 && !counts[low]) ++low;
-    while (high >= 0 && !counts[high]) --high;
+void extremes(const Image& image, uint8_t (&low)[3], uint8_t (&high)[3]) {  // over the whole canvas
+    u8x32 least = u8x32{} + 255, most = {};                                   // of eight pixels beside one another
+    for (int64_t y = 0; y < image.height; ++y) {
+        const uint8_t* p = image.at(0, y);
+        // The last eight of a row overlap those before; what is narrower is seen pixel by pixel.
+        for (int64_t x = 0; image.width >= 8 && x < image.width; x += 8) {
+            u8x32 pixels;
+            std::memcpy(&pixels, p + 4 * std::min(x, image.width - 8), sizeof pixels);
+            least = pixels < least ? pixels : least;
+            most = pixels > most ? pixels : most;
+        }
+        for (int64_t i = 0; image.width < 8 && i < 4 * image.width; ++i) {
+            least[i] = std::min<uint8_t>(least[i], p[i]);
+            most[i] = std::max<uint8_t>(most[i], p[i]);
+        }
+    }
+    for (int c = 0; c < 3; ++c) low[c] = least[c], high[c] = most[c];
+    for (int i = 0; i < 32; ++i) {
+        if (i % 4 == 3) continue;
+        low[i % 4] = std::min<uint8_t>(low[i % 4], least[i]);
+        high[i % 4] = std::max<uint8_t>(high[i % 4], most[i]);
+    }
+}
+
+void stretch(int low, int high, Table& table) {
     const double scale = high > low ? 255.0 / (high - low) : 1.0, offset = high > low ? -low * scale : 0.0;
     for (int v = 0; v < 256; ++v) table[v] = clip8(v * scale + offset);
 }
@@ -157,10 +179,16 @@ int mean_grey(const Image& image) {  // over the whole canvas
 
 // One table for each channel; what depends on one value alone.
 void fill_tables(const Op& op, const Image& image, Table (&tables)[3]) {
-    if (op.kind == AUTO_CONTRAST || op.kind == EQUALIZE) {
+    if (op.kind == AUTO_CONTRAST) {
+        uint8_t low[3], high[3];
+        extremes(image, low, high);
+        for (int c = 0; c < 3; ++c) stretch(low[c], high[c], tables[c]);
+        return;
+    }
+    if (op.kind == EQUALIZE) {
         Counts counts;
         count(image, counts);
-        for (int c = 0; c < 3; ++c) op.kind == EQUALIZE ? equalize(counts[c], tables[c]) : stretch(counts[c], tables[c]);
+        for (int c = 0; c < 3; ++c) equalize(counts[c], tables[c]);
         return;
     }
     const int from = op.kind == CONTRAST ? mean_grey(image) : 0;
