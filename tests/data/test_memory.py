@@ -6,8 +6,15 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from volo.config import AugmentConfig
+from volo.data import pixels
 from volo.data.archives import ArchiveSource
+from volo.data.augment import Plan, TrainTransform
+from volo.data.crop import ResizedCrop
+from volo.data.pixels import Pixels, reused
+from volo.data.rand_augment import Op
 from volo.data.ranges import RangeReader
 from volo.data.records import ImageRecords
 from volo.data.source import FolderSource, PackedNames, Source
@@ -68,3 +75,21 @@ def test_a_forked_worker_copies_nothing_of_the_index():
     # So it would be with a list of strings, each of which has its reference count beside it.
     listed = list(records.names)
     assert growth_in_a_fork(lambda i: listed[i]) > whole / 2
+
+
+@pytest.mark.skipif(pixels.why_not() is not None, reason="there is no compiler")
+def test_memory_of_a_huge_image_is_not_kept():
+    """100 MB for the pixels and as much for each operation; what is kept is for images of a common size."""
+    transform = TrainTransform(AugmentConfig(backend="native"), (32, 32))
+    ops = (Op("Rotate", (20.0,), Image.Resampling.BILINEAR), Op("Sharpness", (1.5,)))
+
+    def augment(side: int) -> None:
+        image = Pixels(side, side, lambda box: reused(side, side))
+        transform.apply(image, Plan("reference", ResizedCrop(0, 0, side, side, Image.Resampling.BILINEAR), ops=ops))
+
+    augment(500)
+    kept, before = pixels._memory.array, own_kilobytes()
+    augment(5000)
+    assert own_kilobytes() - before < 20_000
+    augment(500)
+    assert pixels._memory.array is kept

@@ -88,9 +88,11 @@ struct Image {
     uint8_t* at(int64_t x, int64_t y) const { return data + (y - y0) * stride + 4 * (x - x0); }
 };
 
-// Scratch memory that is kept from image to image: new pages cost more than most of what is done here. Reading a few
-// bytes past the last pixel is allowed everywhere.
+// Scratch memory that is kept from image to image: new pages cost more than most of what is done here. But not that of
+// an image so large that the pages are little beside it, which every worker would keep for ever. Reading a few bytes past
+// the last pixel is allowed everywhere.
 struct Scratch {
+    static constexpr size_t most_kept = size_t(64) << 20;
     std::vector<uint8_t> bytes;
     uint8_t* of(int64_t size) {
         if (int64_t(bytes.size()) < size + 64) bytes.resize(size + size / 4 + 64);
@@ -99,6 +101,9 @@ struct Scratch {
     Image image(Box box, int64_t width, int64_t height) {
         const int64_t stride = 4 * (box.x1 - box.x0);
         return {of(stride * (box.y1 - box.y0)), stride, width, height, box.x0, box.y0};
+    }
+    void end_of_use() {
+        if (bytes.size() > most_kept) std::vector<uint8_t>().swap(bytes);
     }
 };
 
@@ -659,6 +664,7 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
     }
     if (job.ops_first) image = resize(image, job, between, result);
     planes(image, out);
+    for (Scratch* used : {&between, &result, &scratch[0], &scratch[1]}) used->end_of_use();
 }
 
 // Not pixels, but cells of a label map: pooled_slowly() of volo/token_labels/geometry.py, which says what it is.

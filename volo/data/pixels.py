@@ -47,6 +47,7 @@ _KINDS = {
 }
 _AFFINE = 10
 _BICUBIC = Image.Resampling.BICUBIC
+_MOST_KEPT = 64 << 20  # bytes for an image that a thread keeps; every worker has its own
 _memory = threading.local()
 Box = tuple[int, int, int, int]
 
@@ -152,9 +153,11 @@ class Pixels:
 def reused(height: int, width: int) -> np.ndarray:
     """Return uint8 [H, W, 4] of whatever, with spare bytes behind it, in memory that the thread's next call reuses.
 
-    New memory for every image would cost a tenth of what decoding it costs.
+    New memory for every image would cost a tenth of what decoding it costs. Of huge images none is kept.
     """
     size = height * width * 4
+    if size > _MOST_KEPT:
+        return np.empty(size + _SPARE, np.uint8)[:size].reshape(height, width, 4)
     memory = getattr(_memory, "array", None)
     if memory is None or len(memory) < size + _SPARE:
         memory = _memory.array = np.empty(size + size // 4 + _SPARE, np.uint8)
