@@ -1,5 +1,6 @@
 """Boxes of JPEGs are Pillow's: every kind and layout of colours, any box; what differs or is damaged is left to it."""
 
+import ctypes.util
 import io
 import itertools
 
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from volo import compiled
 from volo.data import jpeg_region
 from volo.data.decode import UnreadableImage, read_image, read_pixels
 from volo.data.jpeg import plain_frame
@@ -166,25 +166,40 @@ def fresh(monkeypatch):
 
 def test_without_the_header_rows_are_decoded(fresh, tmp_path):
     source = tmp_path / "jpeg_region.cpp"
-    source.write_text("#include <no_such_jpeglib.h>\n")
+    source.write_text("#include <none/jconfig.h>\n")
     fresh.setattr(jpeg_region, "_SOURCE", source)
     reason = jpeg_region.why_not()
-    assert reason.startswith("what decodes parts of JPEGs cannot be built: ") and "no_such_jpeglib.h" in reason
+    assert reason.startswith("what decodes parts of JPEGs cannot be built: ") and "none/jconfig.h" in reason
+    assert reason.endswith("; a package such as libjpeg-dev has it")
     data = encoded(PHOTOGRAPH)
     ours = read_pixels(data, "a.jpg")[0]._decode((50, 30, 60, 40))
     np.testing.assert_array_equal(ours[:40, :, :3], np.asarray(read_image(data, "a.jpg")[0])[:40])
 
 
 @needs_library
-def test_a_library_that_lacks_a_function_or_gives_other_bytes_is_not_taken(fresh):
-    with fresh.context() as patch:
-        patch.setattr(Image.core, "__file__", compiled._build(jpeg_region._SOURCE, _flags(), "jpeg_region"))
-        assert jpeg_region.why_not() == "Pillow's JPEG library has no jpeg_read_scanlines"
+def test_a_library_that_lacks_a_function_is_not_taken(fresh):
+    fresh.setattr(Image.core, "__file__", ctypes.util.find_library("m"))
+    assert jpeg_region.why_not() == "Pillow's JPEG library has no jpeg_read_scanlines"
+
+
+@needs_library
+def test_a_library_that_gives_other_bytes_is_not_taken(fresh):
+    fresh.setattr(jpeg_region, "_decode", lambda library, data, frame, box, pixels: True)
+    assert jpeg_region.why_not() == "Pillow's JPEG library is another one than jpeglib.h speaks of"
+
+
+@needs_library
+def test_the_library_says_which_layout_is_its_own(fresh):
+    """It refuses a caller who takes it for another version, and then the next is tried."""
+    right = [layout for layout in jpeg_region._LAYOUTS if _alone(fresh, layout) is None]
+    assert len(right) == 1
+    fresh.setattr(jpeg_region, "_LAYOUTS", (*(set(jpeg_region._LAYOUTS) - set(right)), *right))
+    jpeg_region._library.cache_clear()
+    assert jpeg_region.why_not() is None
+
+
+def _alone(fresh: pytest.MonkeyPatch, layout: int) -> str | None:
     jpeg_region._library.cache_clear()
     with fresh.context() as patch:
-        patch.setattr(jpeg_region, "_decode", lambda library, data, frame, box, pixels: True)
-        assert "another one" in jpeg_region.why_not()
-
-
-def _flags() -> list[str]:
-    return [*compiled._FLAGS, *jpeg_region._FLAGS]
+        patch.setattr(jpeg_region, "_LAYOUTS", (layout,))
+        return jpeg_region.why_not()

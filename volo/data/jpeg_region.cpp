@@ -1,8 +1,9 @@
-// Decodes a box of a JPEG with the very libjpeg-turbo that Pillow has loaded. jpeg_region.py builds this file and calls it.
+// Decodes a box of a JPEG with the very libjpeg-turbo that Pillow has loaded. jpeg_region.py builds this file and calls
+// it.
 //
 // Every bit of the file up to the last row of the box has to be read, but what lies above and beside the box is neither
 // transformed back nor brought to full colours. The functions are looked up at run time; jpeglib.h only says how they
-// are called, and the library refuses a caller whose header has another layout.
+// are called, and the library refuses a caller who takes it for another version or layout.
 #include <algorithm>
 #include <csetjmp>
 #include <cstddef>
@@ -12,7 +13,16 @@
 #include <dlfcn.h>
 #include <type_traits>
 
-#include <jpeglib.h>  // takes size_t and FILE from the above
+// The header describes every layout of the library. Which it is, is not for this machine's own copy to say, but for
+// Pillow's.
+#define JCONFIG_INCLUDED
+#include <jconfig.h>
+#undef JPEG_LIB_VERSION
+#define JPEG_LIB_VERSION LAYOUT
+#ifndef MEM_SRCDST_SUPPORTED
+#define MEM_SRCDST_SUPPORTED
+#endif
+#include <jpeglib.h>
 
 namespace {
 
@@ -41,8 +51,8 @@ struct Decoder {
 void fail(j_common_ptr info) { std::longjmp(reinterpret_cast<Decoder*>(info->err)->failed, 1); }
 void say_nothing(j_common_ptr) {}
 
-// Whether nothing but the end follows in the data of a scan. Damage further down would fail a whole decoding: then it is
-// to do so whatever the box. Where it breaks no marker it goes unseen.
+// Whether nothing but the end follows in the data of a scan. Damage further down would fail a whole decoding: then it
+// is to do so whatever the box. Where it breaks no marker it goes unseen.
 bool ends_well(const uint8_t* p, const uint8_t* end) {
     constexpr uint8_t mark = 0xff, stuffing = 0x00, restart = 0xd0, end_of_image = 0xd9;
     while ((p = static_cast<const uint8_t*>(std::memchr(p, mark, end - p))) && ++p < end)
@@ -80,8 +90,8 @@ bool decode(Decoder& decoder, const uint8_t* data, int64_t size, uint8_t* pixels
     if (info.output_width != width || info.output_height != height) return false;
 
     if (!is_common(info)) box = {0, 0, width, height};
-    // Coarser colours are mixed with their neighbours, which beside what is decoded are not there: a block more on either
-    // side, whose own pixels nobody looks at. Above and below the library sees to it.
+    // Coarser colours are mixed with their neighbours, which beside what is decoded are not there: a block more on
+    // either side, whose own pixels nobody looks at. Above and below the library sees to it.
     const int64_t block = 8 * info.max_h_samp_factor, beside = block > 8 ? block : 0;
     box.x0 = std::max<int64_t>(box.x0 / block * block - beside, 0);
     box.x1 = std::min((box.x1 + block - 1) / block * block + beside, width);
@@ -119,8 +129,8 @@ extern "C" const char* bind(void* library) {
     return missing;
 }
 
-// Decodes a file of `size` bytes to `pixels`, RGBX [height, width], of which box x0, y0, x1, y1 will be right. `scan` is
-// where its only scan starts, or -1. Returns 0 where there is an error, or as much as a warning.
+// Decodes a file of `size` bytes to `pixels`, RGBX [height, width], of which box x0, y0, x1, y1 will be right. `scan`
+// is where its only scan starts, or -1. Returns 0 where there is an error, or as much as a warning.
 extern "C" int64_t decode_region(const uint8_t* data, int64_t size, int64_t scan, uint8_t* pixels, int64_t width,
                                  int64_t height, int64_t x0, int64_t y0, int64_t x1, int64_t y1) {
     if (scan >= 0 && !ends_well(data + scan + 2, data + size)) return 0;

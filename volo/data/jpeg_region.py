@@ -17,6 +17,10 @@ from volo.data.pixels import Box
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3",)
+# Layouts of the library, by the versions of libjpeg that libjpeg-turbo stands in for: Pillow's own packages, then those
+# of distributions.
+_LAYOUTS = (62, 80)
+_HEADERS = ("jpeglib.h", "jconfig.h")
 
 
 def why_not() -> str | None:
@@ -51,22 +55,23 @@ def _decode(library: ctypes.CDLL, data: bytes, frame: Frame, box: Box, pixels: n
 def _library() -> ctypes.CDLL | str:
     """Return the library, built if need be, or the sentence that says why there is none."""
     try:
-        library = compiled.library(_SOURCE, _FLAGS, "jpeg_region")
         pillow = ctypes.CDLL(Image.core.__file__)  # finds what is in the libraries that it has loaded, too
+        for layout in _LAYOUTS:
+            library = compiled.library(_SOURCE, (*_FLAGS, f"-DLAYOUT={layout}"), "jpeg_region")
+            library.bind.argtypes, library.bind.restype = [ctypes.c_void_p], ctypes.c_char_p
+            library.decode_region.argtypes = [
+                *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+                *[ctypes.c_int64] * 6,
+            ]
+            library.decode_region.restype = ctypes.c_int64
+            if missing := library.bind(pillow._handle):
+                return f"Pillow's JPEG library has no {missing.decode()}"
+            if _is_pillows(library):
+                return library
     except (compiled.NoLibrary, OSError) as error:
-        return f"what decodes parts of JPEGs cannot be built: {error}"
-    library.bind.argtypes, library.bind.restype = [ctypes.c_void_p], ctypes.c_char_p
-    library.decode_region.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-        *[ctypes.c_int64] * 6,
-    ]
-    library.decode_region.restype = ctypes.c_int64
-    missing = library.bind(pillow._handle)
-    if missing:
-        return f"Pillow's JPEG library has no {missing.decode()}"
-    if not _is_pillows(library):
-        return "Pillow's JPEG library is another one than jpeglib.h speaks of"
-    return library
+        remedy = "; a package such as libjpeg-dev has it" if any(name in str(error) for name in _HEADERS) else ""
+        return f"what decodes parts of JPEGs cannot be built: {error}{remedy}"
+    return f"Pillow's JPEG library is another one than {_HEADERS[0]} speaks of"
 
 
 def _is_pillows(library: ctypes.CDLL) -> bool:

@@ -89,8 +89,8 @@ struct Image {
 };
 
 // Scratch memory that is kept from image to image: new pages cost more than most of what is done here. But not that of
-// an image so large that the pages are little beside it, which every worker would keep for ever. Reading a few bytes past
-// the last pixel is allowed everywhere.
+// an image so large that the pages are little beside it, which every worker would keep for ever. Reading a few bytes
+// past the last pixel is allowed everywhere.
 struct Scratch {
     static constexpr size_t most_kept = size_t(64) << 20;
     std::vector<uint8_t> bytes;
@@ -602,7 +602,8 @@ void planes(const Image& image, uint8_t* out) {
     }
 }
 
-// The box of the canvas that each operation is given, and at the end what is left to do: boxes[i] goes into operation i.
+// The box of the canvas that each operation is given, and at the end what is left to do: boxes[i] goes into
+// operation i.
 void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
     const int64_t W = job.ops_first ? job.width : job.out_w, H = job.ops_first ? job.height : job.out_h;
     boxes.assign(job.num_ops + 1, job.ops_first ? job.crop : Box{0, 0, W, H});
