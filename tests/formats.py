@@ -3,6 +3,10 @@
 import io
 import os
 import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -98,3 +102,41 @@ def write_devkit(path: Path, synsets: list[str], truth: list[str]) -> Path:
         ).encode(),
     }
     return write_tar(path, files, "w:gz")
+
+
+class RangeServer(SimpleHTTPRequestHandler):
+    """Serves files, and ranges of them, as object stores do."""
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return None
+        content = path.read_bytes()
+        whole = len(content)
+        self.send_response(206 if "Range" in self.headers else 200)
+        if "Range" in self.headers:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            content = content[int(first) : int(last) + 1 if last else None]
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+        return None
+
+    def do_GET(self):
+        self.send_head()
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve ``folder`` over HTTP; gives its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: RangeServer(*words, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()

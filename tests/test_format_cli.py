@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import formats
@@ -20,15 +21,24 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def archives(images, tmp_path_factory) -> dict[str, dict]:
-    """data options of the same images in archives."""
+def archives(images, tmp_path_factory) -> Iterator[dict[str, dict]]:
+    """data options of the same images in other formats."""
     root = tmp_path_factory.mktemp("archives")
     for split in ("train", "val"):
         files = formats.files_of(images / split)
         formats.write_shards(f"{root}/shards/{split}/%02d.tar", files, list(CLASSES))
         formats.write_tar_of_tars(root / f"{split}.tar", files, root)
+        formats.write_parquet(root / "parquet", split, files, list(CLASSES), official=False)
     tars = {"root": str(root), "train_split": "train.tar", "val_split": "val.tar"}
-    return {"shards": {"root": str(root / "shards"), "workers": 1}, "tars": {**tars, "cache": str(root / "cache")}}
+    with formats.serving(root / "shards") as url:
+        parts = {split: len(list((root / "shards" / split).iterdir())) - 1 for split in ("train", "val")}
+        split_names = {f"{split}_split": f"{split}/{{00..{last:02d}}}.tar" for split, last in parts.items()}
+        yield {
+            "shards": {"root": str(root / "shards"), "workers": 1},
+            "tars": {**tars, "cache": str(root / "cache")},
+            "parquet": {"root": str(root / "parquet"), "workers": 1},
+            "url": {"root": url, "workers": 1, **split_names},
+        }
 
 
 def recipe(folder: Path, images: Path, **data) -> Path:
@@ -61,7 +71,7 @@ def outcome(run: Path) -> tuple[dict, list[dict]]:
     return torch.load(run / "last.pt", weights_only=True)["state_dict"], rows
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("shards", 1), ("tars", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2)])
 def test_a_stopped_run_on_archives_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
     words = ("--config", recipe(tmp_path, images, **archives[name]))
     run = programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks)
@@ -77,24 +87,19 @@ def test_a_stopped_run_on_archives_is_the_run_on_the_folder(images, archives, st
     assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_evaluation_on_archives_counts_as_on_the_folder(images, archives, straight, tmp_path, ranks):
+def test_evaluation_on_archives_counts_as_on_the_folder(images, archives, straight, tmp_path):
     results = []
-    for data in ({}, archives["shards"], archives["tars"]):
-        words = (
-            "--config",
-            recipe(tmp_path, images, **data),
-            "--checkpoint",
-            straight[1] / "best.pt",
-            "--output",
-            "out",
-        )
-        for ended in programs.start(VALIDATE, *words, cwd=tmp_path, ranks=ranks).finish():
+    for data, ranks in (({}, 1), *((data, 2) for data in archives.values())):
+        words = ("--config", recipe(tmp_path, images, **data), "--checkpoint", straight[1] / "best.pt")
+        for ended in programs.start(VALIDATE, *words, "--output", "out", cwd=tmp_path, ranks=ranks).finish():
             ended.assert_done()
         with open(tmp_path / "out/results.csv", newline="") as file:
             (row,) = csv.DictReader(file)
         results.append([row[name] for name in ("images", "top1_correct", "top5_correct", "loss")])
-    assert results[0] == results[1] == results[2] and results[0][0] == "12"
+    counts = [row[:3] for row in results]
+    assert counts[0][0] == "12" and counts == counts[:1] * 5
+    losses = [float(row[3]) for row in results]
+    assert losses == pytest.approx(losses[:1] * 5, rel=1e-6)
 
 
 def test_a_damaged_archive_ends_the_run_before_it_begins(images, archives, tmp_path):

@@ -1,7 +1,5 @@
 """Every format gives the images of the folder it was made from: the same names, order, labels, bytes and batches."""
 
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import formats
@@ -35,35 +33,6 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-class RangeServer(SimpleHTTPRequestHandler):
-    """Serves files, and ranges of them, as object stores do."""
-
-    def log_message(self, *_):
-        pass
-
-    def send_head(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return None
-        content = path.read_bytes()
-        whole = len(content)
-        self.send_response(206 if "Range" in self.headers else 200)
-        if "Range" in self.headers:
-            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-            content = content[int(first) : int(last) + 1 if last else None]
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{whole}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-        return None
-
-    def do_GET(self):
-        self.send_head()
-
-
 @pytest.fixture(scope="module")
 def places(folder, tmp_path_factory) -> dict[str, DataConfig]:
     """The images of ``folder`` in every format: what a user types."""
@@ -88,28 +57,26 @@ def places(folder, tmp_path_factory) -> dict[str, DataConfig]:
         memory.put(f"{root}/shards/{split}/", f"/shards/{split}/", recursive=True)
 
     (root / "labels.txt").write_text("".join(f"{name} {synset}\n" for name, synset in synset_of.items()))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: RangeServer(*words, directory=str(root)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     shards = {"train_split": "train/{000..004}.tar", "val_split": "val/00{0..1}.tar"}
-    yield {
-        name: DataConfig(cache="none", **{"root": str(root / name), **options})
-        for name, options in {
-            "folder": {"root": str(folder)},
-            "official": {},
-            "official labels file": {
-                "root": str(root / "official"),
-                "val_labels": str(root / "labels.txt"),
-            },
-            "plain": {"train_split": "train.tar", "val_split": "val.tar"},
-            "shards": {},
-            "flat": {"train_split": "my-train-{000000..000004}.tar", "val_split": "my-val-*.tar"},
-            "parquet": {},
-            "file URL": {"root": f"file://{root}/shards", **shards},
-            "memory": {"root": "memory://shards"},
-            "http": {"root": f"http://127.0.0.1:{server.server_address[1]}/shards", **shards},
-        }.items()
-    }
-    server.shutdown()
+    with formats.serving(root) as url:
+        yield {
+            name: DataConfig(cache="none", **{"root": str(root / name), **options})
+            for name, options in {
+                "folder": {"root": str(folder)},
+                "official": {},
+                "official labels file": {
+                    "root": str(root / "official"),
+                    "val_labels": str(root / "labels.txt"),
+                },
+                "plain": {"train_split": "train.tar", "val_split": "val.tar"},
+                "shards": {},
+                "flat": {"train_split": "my-train-{000000..000004}.tar", "val_split": "my-val-*.tar"},
+                "parquet": {},
+                "file URL": {"root": f"file://{root}/shards", **shards},
+                "memory": {"root": "memory://shards"},
+                "http": {"root": f"{url}/shards", **shards},
+            }.items()
+        }
 
 
 FORMATS = [
