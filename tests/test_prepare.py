@@ -91,7 +91,9 @@ def test_what_a_resumed_run_may_change(caplog):
     assert not caplog.records
 
     with caplog.at_level(logging.WARNING, "volo"):
-        check_same_run(saved, replace(config, optim=replace(config.optim, lr=0.5), train=TrainConfig(output="x")))
+        kept = replace(config.data, cache="none", relist=True)
+        changed = replace(config, optim=replace(config.optim, lr=0.5), train=TrainConfig(output="x"), data=kept)
+        check_same_run(saved, changed)
     assert [r.getMessage() for r in caplog.records] == ["resuming with a change: optim.lr was 0.0016 and is now 0.5"]
 
 

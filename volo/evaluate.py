@@ -5,6 +5,7 @@ and the integer counts are summed at the end. C is the number of classes.
 """
 
 import json
+import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from volo.data.dataset import Batch
 from volo.data.decode import UnreadableImage
 from volo.data.device import normalise_and_erase
 from volo.data.records import ImageRecords
+
+_logger = logging.getLogger("volo")
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,8 @@ def _up_to_unreadable(batches: Iterable[Batch], reasons: list[str]) -> Iterator[
         yield from batches
     except UnreadableImage as error:  # the other ranks are to hear of it before this one goes
         reasons.append(str(error))
+        if distributed.world_size() > 1:  # they get there in minutes
+            _logger.error("%s (the other processes finish their share first)", error)
 
 
 def _count_real(counts: _Counts, real: ReaLLabels, indices: list[int], ranked: list[list[int]]) -> None:

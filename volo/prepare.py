@@ -261,6 +261,11 @@ _FIXED_IN_A_RUN = (
     ("optim", "name"),
     ("ema", "enabled"),
 )
+# Where things are kept, and whether they are looked up anew: what a run sees stays the same.
+_NOT_OF_THE_RUN = (
+    *(("train", name) for name in ("resume", "output", "name")),
+    *(("data", name) for name in ("cache", "relist")),
+)
 
 
 def check_same_run(saved: dict, config: Config) -> None:
@@ -269,7 +274,7 @@ def check_same_run(saved: dict, config: Config) -> None:
     for section, options in config_to_dict(config).items():
         for name, value in options.items():
             old = saved.get(section, {}).get(name)
-            if old == value or (section, name) in (("train", "resume"), ("train", "output"), ("train", "name")):
+            if old == value or (section, name) in _NOT_OF_THE_RUN:
                 continue
             changes = forbidden if (section, name) in _FIXED_IN_A_RUN else allowed
             changes.append(f"{section}.{name} was {old} and is now {value}")
