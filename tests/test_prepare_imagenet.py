@@ -248,6 +248,31 @@ def test_sharding_goes_on_after_an_interruption(source, tmp_path, monkeypatch, a
     assert reads.reads == at + sum(COUNTS) - kept
 
 
+def test_a_shard_that_is_not_whole_is_written_again(source, tmp_path, caplog):
+    words = Source(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out"), ShardOptions(40, 80, 4)
+    run_shard(*words)
+    done = formats.files_of(tmp_path / "out")
+    (tmp_path / "out/train/train-000001.tar").write_bytes(done["train/train-000000.tar"][:1024] + bytes(1024))
+    (tmp_path / "out/val/val-000000.tar").write_bytes(b"no tar")
+    with caplog.at_level("WARNING", "volo"):
+        run_shard(*words)
+    assert formats.files_of(tmp_path / "out") == done
+    assert [r.getMessage().split(": ")[0].split("/")[-1] for r in caplog.records] == [
+        "train-000001.tar has 0 images and not 4",
+        "val-000000.tar has 0 images and not 4",
+    ]
+
+
+def test_images_of_one_key_are_refused_before_anything_is_written(source, images, tmp_path):
+    twins = dict(images["train"])
+    name = next(iter(twins))
+    twins[name.replace(".JPEG", ".a.JPEG")] = twins[name.replace(".JPEG", "_a.JPEG")] = twins.pop(name)
+    formats.write_tar_of_tars(source / "ILSVRC2012_img_train.tar", twins, tmp_path)
+    words = ("--max-side", 40, "--output", "out", "--expect", COUNTS[0] + 1, COUNTS[1])
+    prepare("shard", source, *words).assert_failed(USAGE, ".a.JPEG", "_a.JPEG", "rename one of them")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_something_else_is_not_touched(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")

@@ -34,7 +34,8 @@ from volo.rng import generator
 _logger = logging.getLogger("volo")
 
 ABOUT = "shards.json"
-_COMPARED = 20  # one of so many images that were encoded anew is compared with what it was
+# Of the images of a shard that are encoded anew, so many are compared with what they were, and then one of so many.
+_COMPARED = 20
 _AS_SEEN = EvalTransform((224, 224), 0.96, "bicubic")
 
 
@@ -99,6 +100,8 @@ def run_shard(source: Source, output: str, options: ShardOptions) -> int:
         about = identity(splits, options)
         require_free(folder, ABOUT)
         require_same(folder / ABOUT, about)
+        for records in splits.values():
+            require_own_keys(records)
     write_atomic(folder / ABOUT, json.dumps(about, indent=1))
     changes = {split: write_shards(records, folder / split, split, options) for split, records in splits.items()}
     told = source.check({split: change.images for split, change in changes.items()})
@@ -133,13 +136,24 @@ def require_same(path: Path, about: dict) -> None:
         raise ValueError(f"{path.parent} holds shards of another kind ({told}): name another --output")
 
 
+def require_own_keys(records: ImageRecords) -> None:
+    """Raise ValueError where two images would have one key, and one of them be lost."""
+    first: dict[str, int] = {}
+    for index in range(len(records)):
+        if (other := first.setdefault(_key(records, index), index)) != index:
+            raise ValueError(
+                f"{records.location(other)} and {records.location(index)} would share the key "
+                f"{_key(records, index)!r} in a shard, where a name ends at its first dot: rename one of them"
+            )
+
+
 def write_shards(records: ImageRecords, folder: Path, split: str, options: ShardOptions) -> Changes:
     """Write what is missing of a split's shards; return what has changed in all of them."""
     folder.mkdir(parents=True, exist_ok=True)
     order = generator(0, "shards", 0, 0).permutation(len(records))
     cut = [order[start : start + options.images] for start in range(0, len(order), options.images)]
     jobs = [(folder / f"{split}-{number:06d}.tar", indices) for number, indices in enumerate(cut)]
-    waiting = [job for job in jobs if not (job[0].exists() and _changes_file(job[0]).exists())]
+    waiting = [job for job in jobs if not _is_whole(*job)]
     if len(waiting) < len(jobs):
         _logger.info("%s: %d of %d shards are there already", folder, len(jobs) - len(waiting), len(jobs))
     bar = Progress(len(jobs), f"shards of {split}", log_every=max(len(jobs) // 20, 1), done=len(jobs) - len(waiting))
@@ -154,6 +168,26 @@ def write_shards(records: ImageRecords, folder: Path, split: str, options: Shard
 
 def _changes_file(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.json")
+
+
+def _is_whole(shard: Path, indices: np.ndarray) -> bool:
+    """Tell whether a shard is there, with as many images as it is to have."""
+    if not (shard.exists() and _changes_file(shard).exists()):
+        return False
+    try:
+        with tarfile.open(shard) as archive:
+            images = sum(member.name.endswith(".cls") for member in archive)
+    except tarfile.TarError:
+        images = 0
+    if images != len(indices):
+        _logger.warning("%s has %d images and not %d: it is written again", shard, images, len(indices))
+    return images == len(indices)
+
+
+def _key(records: ImageRecords, index: int) -> str:
+    """Return class/name of an image without the suffix; a key ends at its first dot."""
+    folder, _, base = records.name(index).rpartition("/")
+    return f"{folder or records.classes[int(records.labels[index])]}/{os.path.splitext(base)[0].replace('.', '_')}"
 
 
 _work: tuple[ImageRecords, ShardOptions] | None = None  # of a forked process
@@ -186,12 +220,9 @@ def _write_shard(job: tuple[Path, np.ndarray]) -> None:
         with tarfile.open(fileobj=file, mode="w") as archive:
             for index in indices.tolist():
                 data, suffix = smaller(records, index, options, changes)
-                name, label = records.name(index), int(records.labels[index])
-                folder, _, base = name.rpartition("/")
-                # A key ends at its first dot.
-                key = f"{folder or records.classes[label]}/{os.path.splitext(base)[0].replace('.', '_')}"
-                for ending, content in ((suffix, data), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{key}.{ending}")
+                label = str(int(records.labels[index])).encode()
+                for ending, content in ((suffix, data), ("cls", label)):
+                    member = tarfile.TarInfo(f"{_key(records, index)}.{ending}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
         file.flush()
@@ -215,7 +246,7 @@ def smaller(records: ImageRecords, index: int, options: ShardOptions, changes: C
     else:
         if max(image.size) > options.max_side:
             stored, suffix = _encoded(image, options), "jpg"
-            if changes.resized % _COMPARED == 0:
+            if changes.resized < _COMPARED or changes.resized % _COMPARED == 0:
                 changes.compared += 1
                 changes.difference += _difference(image, read_image(stored, "")[0])
             changes.resized += 1
