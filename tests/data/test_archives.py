@@ -100,6 +100,15 @@ def test_what_is_no_archive_is_named(tmp_path):
         records(tmp_path / "none.tar")
 
 
+def test_a_name_that_an_archive_holds_twice_is_refused(tmp_path):
+    """As tar -r makes them; the same name in another archive is another image."""
+    path, other = formats.write_tar(tmp_path / "all.tar", FILES), formats.write_tar(tmp_path / "other.tar", FILES)
+    assert list(records(path, other).names) == sorted([*FILES, *FILES])
+    formats.write_tar(path, {"./a/x.jpg": b"newer"}, "a")
+    with pytest.raises(ValueError, match=f"{path} holds a/x.jpg 2 times"):
+        records(path, other)
+
+
 def test_links_in_archives_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.jpg").write_bytes(b"1")

@@ -3,6 +3,7 @@
 import posixpath
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -102,6 +103,12 @@ def _go_through(url: str, begin: int, size: int | None, folder: str) -> _Part:
     except Exception as error:  # clients of object stores have errors of their own, beside OSError and TarError
         text = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{where} cannot be read: {text}") from error
+    if len(set(names)) != len(names):
+        name, count = Counter(names).most_common(1)[0]
+        raise ValueError(
+            f"{where} holds {name} {count} times; unpacking it would leave the last of them, training on it would see "
+            "all: make the archive anew, with each file once"
+        )
     return _Part(PackedNames.of(names), offsets, sizes, classes, nested, ignored)
 
 
