@@ -1,6 +1,7 @@
 """Archives that are not as they should be: an error with a name before the first step, or a note in the counts."""
 
 import os
+import pickle
 import shutil
 import sys
 import tarfile
@@ -215,6 +216,45 @@ def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
     formats.write_tar(path, files)
     formats.settle(path)
     assert names() == names() == [*FILES, "b/z.jpg"] and len(gone_through) == 2
+
+
+def test_copies_of_other_times_have_an_index_each(tmp_path, monkeypatch):
+    """Machines with copies of their own may share a cache folder: none makes the others index anew."""
+    path, count = formats.write_tar(tmp_path / "all.tar", FILES), []
+    plain = archive_index._go_through
+    monkeypatch.setattr(archive_index, "_go_through", lambda *words: count.append(words) or plain(*words))
+    for made, hours in enumerate([1, 2, 1, 2, 1, 3], 1):
+        os.utime(path, (1.7e9 + 3600 * hours,) * 2)
+        ArchiveSplit([str(path)], "here", Manifests(tmp_path / "cache")).records(CLASSES)
+        assert len(count) == (made if made <= 2 else 2 + (hours == 3))
+    for kept in (tmp_path / "cache").iterdir():
+        formats.settle(kept, hours=24 * 31)  # no run has looked at them for a month
+    os.utime(path, (1.7e9,) * 2)
+    ArchiveSplit([str(path)], "here", Manifests(tmp_path / "cache")).records(CLASSES)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_clock_that_is_ahead_is_told(tmp_path, caplog):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    formats.settle(path, hours=-1)
+    with caplog.at_level("WARNING", "volo"):
+        ArchiveSplit([str(path)], "here", Manifests(tmp_path / "cache")).records(CLASSES)
+    assert "from now, by the clock of its file system" in caplog.text
+
+
+def test_on_another_machine_a_copy_of_another_time_is_read(tmp_path):
+    path = formats.write_tar(tmp_path / "all.tar", FILES)
+    sent = pickle.dumps(records(path))
+    formats.settle(path)  # the copy that the other machine has
+    there = pickle.loads(sent)
+    assert [there.read(i) for i in range(3)] == list(FILES.values())
+    for change in (lambda: formats.settle(path), lambda: path.write_bytes(path.read_bytes() + bytes(512))):
+        there = pickle.loads(sent)
+        change()  # under the run
+        with pytest.raises(UnreadableImage, match="the archive has changed since it was indexed"):
+            there.read(0)
+    with pytest.raises(UnreadableImage, match=r"or is no whole copy here: 10,752 bytes, not 10,240"):
+        pickle.loads(sent).read(0)
 
 
 def test_an_archive_that_changes_under_a_run_is_noticed(tmp_path):

@@ -85,6 +85,8 @@ class ArchiveSplit(Split):
                 lambda: index_archives(self.urls, stamps, self.place),
                 lambda kept: list(PackedNames(kept["stamps"], kept["stamp_ends"])) == stamps,
                 lambda _: max((os.stat(url).st_mtime for url in self.urls if not is_url(url)), default=0.0),
+                # Copies of the same archives on several machines differ in their times, and may share a cache folder.
+                state="\n".join(stamps),
             )
         return self._index
 

@@ -69,6 +69,10 @@ def tells_changes(known: str) -> bool:
     return known.partition(" ")[2] != ""
 
 
+def _size_in(known: str) -> str:
+    return known.partition(" ")[0]
+
+
 def _stamp_of(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -76,9 +80,13 @@ def _stamp_of(status: os.stat_result) -> str:
 class RangeReader:
     """Reads ranges of files; every process opens its own, also after a fork.
 
+    Local files are compared on opening with what they were when the reader was made. Unpickled, it may be on another
+    machine, where the same path is a copy with a time of its own: there a file must have the size that it had where
+    the ranges were found, and is compared with what it is at that moment from then on.
+
     Args:
         urls: Local paths or URLs.
-        stamps: :func:`stamp` of each, as it was when the ranges were found. Local files are compared on opening.
+        stamps: :func:`stamp` of each, as it was when the ranges were found.
     """
 
     def __init__(self, urls: Sequence[str], stamps: Sequence[str]):
@@ -91,6 +99,10 @@ class RangeReader:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
+        for number, url in enumerate(self.urls):
+            with contextlib.suppress(OSError):  # reading it names what is missing
+                if not is_url(url) and _size_in(here := stamp(url)) == _size_in(self.stamps[number]):
+                    self.stamps[number] = here
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of file ``number``, from ``offset`` on.
@@ -119,9 +131,14 @@ class RangeReader:
         descriptor = self._open.get(number)
         if descriptor is None:
             descriptor = os.open(self.urls[number], os.O_RDONLY)
-            if _stamp_of(os.fstat(descriptor)) != self.stamps[number]:
+            here, known = _stamp_of(os.fstat(descriptor)), self.stamps[number]
+            if here != known:
                 os.close(descriptor)  # kept, it would be read the next time
-                raise OSError("the archive has changed since it was indexed; start again, and it will be indexed anew")
+                sizes = [f"{int(_size_in(one)):,}" for one in (here, known)]
+                told = "" if sizes[0] == sizes[1] else f" (or is no whole copy here: {sizes[0]} bytes, not {sizes[1]})"
+                raise OSError(
+                    f"the archive has changed since it was indexed{told}; start again, and it will be indexed anew"
+                )
             self._open[number] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
