@@ -113,9 +113,7 @@ def dense_targets(
         maps: The batch's label maps.
         truth: Class targets [B, C] of the images' own labels, smoothed.
         grid: (L_h, L_w).
-        smoothing: Share s of the uniform distribution in the teacher's targets.
-        published_smoothing: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code;
-            else t (1 - s) + s / C, whose rows sum to 1.
+        smoothing, published_smoothing: See :func:`smoothing_terms`.
     """
     batch, num_classes = truth.shape
     spread = maps.scores.new_zeros(batch, num_classes, *maps.scores.shape[2:])
@@ -125,6 +123,18 @@ def dense_targets(
     tokens = roi_align(spread, rois, grid).flatten(2)  # [B, C, N]
     whole = roi_align(spread, rois, (1, 1)).flatten(2)  # [B, C, 1]
     teacher = torch.cat([whole, tokens], dim=2).softmax(1)
-    uniform = smoothing / num_classes
-    scale = 1 - smoothing + (uniform if published_smoothing else 0.0)
+    scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)
     return torch.cat([truth[..., None], teacher * scale + uniform], dim=2)
+
+
+def smoothing_terms(smoothing: float, num_classes: int, published: bool) -> tuple[float, float]:
+    """Return a and b of the smoothed teacher's targets, a t + b.
+
+    Args:
+        smoothing: Share s of the uniform distribution.
+        num_classes: C.
+        published: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code; else
+            t (1 - s) + s / C, whose rows sum to 1.
+    """
+    uniform = smoothing / num_classes
+    return 1 - smoothing + (uniform if published else 0.0), uniform

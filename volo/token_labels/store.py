@@ -186,15 +186,17 @@ class TokenLabelStore:
     def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
         """Return the height and width that the maps of ``entries`` have; ValueError where they differ."""
         fields = self._fields()[entries]
-        sizes, counts = np.unique(np.stack([fields["height"], fields["width"]], 1), axis=0, return_counts=True)
+        sizes, counts = np.unique(fields["height"].astype(np.int64) << 32 | fields["width"], return_counts=True)
+        height, width = sizes >> 32, sizes & 0xFFFFFFFF
         if len(sizes) > 1:
-            (a, b), (c, d) = sizes[np.argsort(-counts, kind="stable")[:2]].tolist()
+            first, second = np.argsort(-counts, kind="stable")[:2]
+            a, b, c, d = height[first], width[first], height[second], width[second]
             raise ValueError(
                 f"{self.path} has maps of {len(sizes):,} sizes ({a}x{b}, {c}x{d}, ...), and the published way of "
                 "reading them takes one: set token_label.geometry to reference_sparse, which has the same targets to "
                 "float rounding, or to aligned"
             )
-        return tuple(sizes[0].tolist())
+        return int(height[0]), int(width[0])
 
     def verify_checksums(self) -> None:
         """Read every file from end to end; ValueError names one that is not what was packed."""

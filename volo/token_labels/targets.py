@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from volo.token_labels.geometry import TokenCells
+from volo.token_labels.reference import smoothing_terms
 
 
 @dataclass
@@ -113,13 +114,10 @@ def token_targets(labels: TokenLabelBatch, truth: Tensor, smoothing: float, publ
     Args:
         labels: The batch's label maps.
         truth: Class targets [B, C] of the images' own labels, smoothed.
-        smoothing: Share s of the uniform distribution in the teacher's targets.
-        published_smoothing: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code;
-            else t (1 - s) + s / C, whose rows sum to 1.
+        smoothing, published_smoothing: See :func:`volo.token_labels.reference.smoothing_terms`.
     """
     num_classes = truth.shape[1]
-    uniform = smoothing / num_classes
-    scale = 1 - smoothing + (uniform if published_smoothing else 0.0)
+    scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)
 
     batch, num_tokens, per_token = labels.cells.shape
     k = labels.scores.shape[1]
