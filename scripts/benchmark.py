@@ -5,7 +5,7 @@
     python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
     python scripts/benchmark.py train   forward and backward pass of a training step
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
-    python scripts/benchmark.py growth  time and memory against resolution
+    python scripts/benchmark.py growth  time and memory against resolution and batch
     python scripts/benchmark.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
     python scripts/benchmark.py loader --data FOLDER   images/s a core, beside timm's loader (loader --help)
 
@@ -82,6 +82,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.model.startswith("volo_d"):
         parser.error(f"--model {args.model}: timm has volo_d1 ... volo_d5 to compare with")
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: at least 2, for the spread")
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -95,8 +97,8 @@ class Bench:
         self.device = torch.device(args.device)
         self.images = self.noise(args.img_size)
 
-    def noise(self, side: int) -> Tensor:
-        return torch.randn(self.args.batch, 3, side, side, device=self.device)
+    def noise(self, side: int, batch: int | None = None) -> Tensor:
+        return torch.randn(batch or self.args.batch, 3, side, side, device=self.device)
 
     def machine(self) -> str:
         if self.device.type == "cuda":
@@ -110,9 +112,8 @@ class Bench:
         return network
 
     def timm(self, name: str | None = None, **options) -> nn.Module:
-        name = name or f"{self.args.model}_{224 if self.args.img_size == 224 else ''}".rstrip("_")
-        with self.device:
-            return timm.create_model(name, img_size=self.args.img_size, **options)
+        with self.device:  # timm has each network at 224, and takes another side for it
+            return timm.create_model(name or f"{self.args.model}_224", img_size=self.args.img_size, **options)
 
     def kept_mb(self, network: nn.Module, images: Tensor) -> float:
         """MB an image that ``network`` keeps for its backward pass."""
@@ -205,18 +206,20 @@ def memory(bench: Bench) -> tuple[list[dict], list[str]]:
 
 
 def growth(bench: Bench) -> tuple[list[dict], list[str]]:
-    """What resolution costs in time and memory."""
+    """What resolution costs in time and memory, at one batch, and what the batch does, at one resolution."""
     rows = []
-    for side in (224, 384, 448, 512):
-        network, images = bench.ours(side), bench.noise(side)
+    batches_apart = [batch for batch in (1, 2, 4, 8, 16, 32) if batch != bench.args.batch]
+    points = [(side, bench.args.batch) for side in (224, 384, 448, 512)]
+    for side, batch in points + [(224, batch) for batch in batches_apart]:
+        network, images = bench.ours(side), bench.noise(side, batch)
         steps = {
             "forward": lambda n=network, x=images: run(bench, n.eval(), x),
             "forward + backward": lambda n=network, x=images: run_back(bench, n.train(), x),
         }
         times = {what: statistics.median(seconds) for what, seconds in bench.time(steps).items()}
-        row = {"image side": side}
-        row |= {f"{what}, ms an image": round(1000 * time / bench.args.batch, 1) for what, time in times.items()}
-        row |= {f"{mode}, MB": bench.kept_mb(bench.ours(side, mode), images) for mode in RECOMPUTED}
+        row = {"image side": side, "batch": batch}
+        row |= {f"{what}, ms an image": round(1000 * time / batch, 1) for what, time in times.items()}
+        row |= {f"{mode}, MB an image": bench.kept_mb(bench.ours(side, mode), images) for mode in RECOMPUTED}
         rows.append(row)
     return rows, []
 

@@ -36,7 +36,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         "--class_list",
         help='"imagenet" (default without --num_classes), or a text file with one class name a line',
     )
-    parser.add_argument("--images", help="folder of the images; check that each of them has a label")
+    parser.add_argument(
+        "--images", help="the images, as data.root and data.train_split together; check that each has a label"
+    )
+    parser.add_argument("--labels", help="labels of images not sorted into classes, as data.train_labels")
+    parser.add_argument("--cache", default="auto", help="folder that keeps listings, as data.cache")
     parser.add_argument(
         "--overwrite", choices=("true", "false"), default="false", help="replace a store that is there already"
     )

@@ -5,7 +5,9 @@ network is. Checkpoints that are damaged, malicious or of another model stand in
 checkpoints of a run and full disks in test_resume.py.
 """
 
+import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import programs
 import pytest
 import torch
 from PIL import Image
-from programs import CLASSES, FAILED, LAUNCHER, TRAIN, USAGE, VALIDATE
+from programs import CLASSES, FAILED, LAUNCHER, STOPPED, TRAIN, USAGE, VALIDATE
 
 pytestmark = pytest.mark.xdist_group("bad input")
 
@@ -198,6 +200,20 @@ def test_unreadable_training_images_are_replaced_and_reported_where_asked_for(re
             assert reason in line
     assert outs[0].count("cannot read") == 3
     assert outs[2] == "", "rank 0 reports for all"
+
+
+def test_replaced_images_are_counted_from_the_beginning_of_a_run_that_was_stopped(recipe, images, tmp_path):
+    (images / "train/disc/disc_03.jpg").write_bytes(b"")
+    words = ("--config", recipe, "--data.on_error", "skip", "--schedule.epochs", 6, "--train.log_every_steps", 2)
+    run = programs.start(TRAIN, *words, cwd=tmp_path)
+    run.follow("epoch 3/6  step 2/3  ")  # two of the three steps: what the third meets is in no log line yet
+    os.kill(run.pids[0], signal.SIGTERM)
+    (first,) = run.finish()
+    assert first.code == STOPPED
+    last = programs.run(TRAIN, *words, cwd=tmp_path).assert_done()
+    named = sum(ended.out.count("another image took the place of one that cannot be used") for ended in (first, last))
+    assert named >= 6, "at least once an epoch: it may be drawn for itself"
+    assert f"other images took the place of such as cannot be used {named} times" in last.out
 
 
 def test_unreadable_validation_image_stops_a_run_that_goes_on_when_it_is_mended(recipe, images, good_images, tmp_path):

@@ -31,6 +31,12 @@ def test_op_times_both_sides(tmp_path):
     assert {row["time of ours"] for row in rows if row["who"] == "ours"} == {1.0}
 
 
+def test_model_at_another_resolution(tmp_path):
+    rows = benchmark(tmp_path, "model", "--rounds", "2", "--eager-only", "--img-size", "64")
+    assert [row["who"] for row in rows] == ["ours", "timm eager", "ViT-S (timm)", "products alone"]
+    assert rows[0]["GMACs"] == rows[1]["GMACs"] < 6.9 * (64 / 224) ** 2  # 6.8 at 224, attention grows faster
+
+
 def test_memory_counts_what_each_keeps(tmp_path):
     kept = {row["who"]: row["MB an image"] for row in benchmark(tmp_path, "memory")}
     # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.

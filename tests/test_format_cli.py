@@ -1,4 +1,4 @@
-"""train.py and validate.py on archives: a run that is stopped and resumed is the run on the folder, bit for bit."""
+"""train.py and validate.py on every format: a run that is stopped and resumed is the run on the folder, bit for bit."""
 
 import csv
 import os
@@ -29,6 +29,8 @@ def archives(images, tmp_path_factory) -> Iterator[dict[str, dict]]:
         formats.write_shards(f"{root}/shards/{split}/%02d.tar", files, list(CLASSES))
         formats.write_tar_of_tars(root / f"{split}.tar", files, root)
         formats.write_parquet(root / "parquet", split, files, list(CLASSES), official=False)
+    official = write_official(root / "official", images, root)
+    flat = write_flat(root / "flat", images)
     tars = {"root": str(root), "train_split": "train.tar", "val_split": "val.tar"}
     with formats.serving(root / "shards") as url:
         parts = {split: len(list((root / "shards" / split).iterdir())) - 1 for split in ("train", "val")}
@@ -38,7 +40,36 @@ def archives(images, tmp_path_factory) -> Iterator[dict[str, dict]]:
             "tars": {**tars, "cache": str(root / "cache")},
             "parquet": {"root": str(root / "parquet"), "workers": 1},
             "url": {"root": url, "workers": 1, **split_names},
+            "official": {"root": str(official), "workers": 2, "cache": str(root / "cache")},
+            "flat": {
+                "root": str(flat),
+                "train_labels": str(flat / "train.csv"),
+                "val_labels": str(flat / "val.txt"),
+            },
         }
+
+
+def write_official(folder: Path, images: Path, scratch: Path) -> Path:
+    """The files of ILSVRC2012: training images in a tar of tars, the others in no folders, and the development kit."""
+    train, val = formats.files_of(images / "train"), formats.files_of(images / "val")
+    formats.write_tar_of_tars(folder / "ILSVRC2012_img_train.tar", train, scratch)
+    names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(val))]
+    formats.write_tar(folder / "ILSVRC2012_img_val.tar", dict(zip(names, val.values(), strict=True)))
+    formats.write_devkit(folder / formats.DEVKIT, list(CLASSES), [name.split("/")[0] for name in val])
+    return folder
+
+
+def write_flat(folder: Path, images: Path) -> Path:
+    """All images of a split in one folder, beside files of their labels: names, and indices."""
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for name, content in formats.files_of(images / split).items():
+            (folder / split / name.split("/")[1]).write_bytes(content)
+    names = [name.split("/") for name in formats.files_of(images / "train")]
+    (folder / "train.csv").write_text("image,label\n" + "".join(f"{file},{one}\n" for one, file in reversed(names)))
+    names = [name.split("/") for name in formats.files_of(images / "val")]
+    (folder / "val.txt").write_text("".join(f"{file} {CLASSES.index(one)}\n" for one, file in names))
+    return folder
 
 
 def recipe(folder: Path, images: Path, **data) -> Path:
@@ -71,8 +102,10 @@ def outcome(run: Path) -> tuple[dict, list[dict]]:
     return torch.load(run / "last.pt", weights_only=True)["state_dict"], rows
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2)])
-def test_a_stopped_run_on_archives_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2), ("official", 2), ("flat", 1)]
+)
+def test_a_stopped_run_on_any_format_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
     words = ("--config", recipe(tmp_path, images, **archives[name]))
     run = programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks)
     run.follow("epoch 1/2  step 2/4  ")
@@ -87,7 +120,7 @@ def test_a_stopped_run_on_archives_is_the_run_on_the_folder(images, archives, st
     assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
-def test_evaluation_on_archives_counts_as_on_the_folder(images, archives, straight, tmp_path):
+def test_evaluation_on_any_format_counts_as_on_the_folder(images, archives, straight, tmp_path):
     results = []
     for data, ranks in (({}, 1), *((data, 2) for data in archives.values())):
         words = ("--config", recipe(tmp_path, images, **data), "--checkpoint", straight[1] / "best.pt")
@@ -97,9 +130,9 @@ def test_evaluation_on_archives_counts_as_on_the_folder(images, archives, straig
             (row,) = csv.DictReader(file)
         results.append([row[name] for name in ("images", "top1_correct", "top5_correct", "loss")])
     counts = [row[:3] for row in results]
-    assert counts[0][0] == "12" and counts == counts[:1] * 5
+    assert counts[0][0] == "12" and counts == counts[:1] * 7
     losses = [float(row[3]) for row in results]
-    assert losses == pytest.approx(losses[:1] * 5, rel=1e-6)
+    assert losses == pytest.approx(losses[:1] * 7, rel=1e-6)
 
 
 def test_a_damaged_archive_ends_the_run_before_it_begins(images, archives, tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from volo.durable import sync_folder
 from volo.models.weights import UnreadableCheckpoint, read_checkpoint
 
 _logger = logging.getLogger("volo")
@@ -36,6 +37,7 @@ class Progress:
     closed_epochs: int = 0  # finished epochs whose evaluation, where one was due, is done too
     best_top1: float = -1.0
     best_epoch: int = -1
+    replaced_images: int = 0  # how many times another image took the place of one that cannot be used
 
     def state_dict(self) -> dict:
         return asdict(self)
@@ -61,7 +63,7 @@ def save_atomically(state: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         # torch may word a failed write as an internal error of its archive; what failed stands behind that.
@@ -77,15 +79,6 @@ def save_atomically(state: dict, path: Path) -> None:
 def _temporary(folder: Path) -> Path:
     """Return the one name that half-written files of ``folder`` have: what a killed run left, the next replaces."""
     return folder / ".checkpoint.tmp"
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is on disk only when its folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CheckpointFolder:
@@ -133,7 +126,7 @@ class CheckpointFolder:
                 temporary.unlink(missing_ok=True)
                 raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
         os.replace(temporary, name)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _numbered(self) -> list[Path]:
         """Return the numbered checkpoints, newest first."""

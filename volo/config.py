@@ -104,11 +104,13 @@ class DataConfig:
         train_split: The training images under root: a folder of class folders; a tar archive, a folder of them, or
             several with "train-{000..146}.tar" or "train-*.tar"; the name of a split of Parquet files.
         val_split: The validation images, likewise; with "none" nothing is evaluated.
-        val_labels: Labels of validation images that are not sorted into classes: a file of one "name label" or one
-            label a line, or the development kit, ILSVRC2012_devkit_t12.tar.gz (found by itself where it lies in root).
+        train_labels: Labels of training images that are not sorted into classes: a text file of one "name label" or
+            one label a line, or a .csv file that begins with these two columns. Labels are class names or indices.
+        val_labels: Likewise for the validation images; or the development kit, ILSVRC2012_devkit_t12.tar.gz (found by
+            itself where it lies in root).
         format: What the images are stored in: "folder", "tar" or "parquet"; "auto" looks what is there.
-        class_list: Class names in index order: "folders" (sorted names of the training folders), "imagenet"
-            (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
+        class_list: Class names in index order: "folders" (sorted names of the training folders, or sorted labels of
+            train_labels), "imagenet" (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
         workers: Processes that read images, for each process that trains; by default one a core, up to 8.
         on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
             another image, drawn from seed, epoch and index, takes its place). Likewise a worker that dies: with
@@ -125,6 +127,7 @@ class DataConfig:
     root: str = "data/imagenet"
     train_split: str = "train"
     val_split: str = "val"
+    train_labels: str | None = None
     val_labels: str | None = None
     format: Literal["auto", "folder", "tar", "parquet"] = "auto"
     class_list: str = "folders"

@@ -12,7 +12,7 @@ from pathlib import Path
 from volo import distributed
 from volo.checkpoint import CheckpointFolder, read_own_checkpoint
 from volo.cli import config_to_dict, save_config
-from volo.config import Config, DataConfig, ModelConfig
+from volo.config import Config, ModelConfig
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.formats import open_split
 from volo.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
@@ -82,11 +82,11 @@ def require_start(config: Config) -> None:
 def load_splits(config: Config) -> Splits:
     """List the images of both splits; ValueError names what is missing and what to do."""
     data = config.data
-    split = open_split(data, data.train_split, "data.train_split")
+    split = open_split(data, "train")
     classes = class_names(data.class_list, split)
     require_classes(classes, config)
     train = split.records(classes)
-    val = None if data.val_split == "none" else load_val(data, classes)
+    val = None if data.val_split == "none" else open_split(data, "val").records(classes)
     return Splits(train, val, classes)
 
 
@@ -97,13 +97,6 @@ def require_classes(classes: tuple[str, ...], config: Config) -> None:
             f"data.class_list '{config.data.class_list}' gives {len(classes)} classes, and model.num_classes is "
             f"{config.model.num_classes}: set --model.num_classes {len(classes)}"
         )
-
-
-def load_val(data: DataConfig, classes: tuple[str, ...]) -> ImageRecords:
-    """List the validation images; where they are not sorted into classes, ``data.val_labels`` has their labels."""
-    return open_split(data, data.val_split, 'data.val_split ("none" evaluates nothing)').records(
-        classes, data.val_labels
-    )
 
 
 def open_token_labels(

@@ -42,6 +42,18 @@ def checking_usage():
         raise UsageError(str(error)) from error
 
 
+def with_options_of(program: dict[str, str], message: str) -> str:
+    """Return ``message`` with options of train.py, which it names, as another program calls them.
+
+    Args:
+        program: What each is called there.
+        message: Of functions that the programs share.
+    """
+    for name, here in program.items():
+        message = message.replace(name, here)
+    return message
+
+
 def finish(body: Callable[[], int]) -> None:
     """Run ``body`` and end the process with the exit code it returns or its failure stands for."""
     try:

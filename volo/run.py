@@ -55,12 +55,10 @@ def run_training(config: Config) -> int:
     trainer.show_batch()
     finished = trainer.fit()
     trainer.writer.close()
-    replaced_images, replaced_workers = trainer.replaced()
-    if replaced_images or replaced_workers:
-        _logger.warning(
-            "replaced since the start: images that cannot be used %d times, reading processes that died %d times",
-            *(replaced_images, replaced_workers),
-        )
+    if replaced := trainer.progress.replaced_images:
+        _logger.warning("since the run began, other images took the place of such as cannot be used %d times", replaced)
+    if lost := trainer.lost_workers():
+        _logger.warning("reading processes that died were replaced %d times", lost)
     if world.is_main:
         if run.metrics.exists():  # not where the run was stopped before its first step
             plot_curves(run.metrics, run.curves, title=run.path.name)
@@ -120,7 +118,7 @@ def describe(trainer: Trainer) -> str:
     if loader.left_out:
         rows.append(("left out", f"{loader.left_out} images an epoch, others each time (an incomplete last batch)"))
     if ignored := splits.train.ignored:
-        rows.append(("ignored", f"{ignored} files in the training folders that are no images by their suffix"))
+        rows.append(("ignored", f"{ignored} training files that are hidden, or no images by their suffix"))
     if config.ema.enabled:
         horizon = 1 / (1 - config.ema.decay)
         rows.append(

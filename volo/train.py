@@ -65,7 +65,6 @@ class Trainer:
         self.writer.truncate_after(self.progress.global_step if state is not None else -1, redone)
         self.window = Window(world.device)
         self.verdict = LoaderVerdict(worker_count(config.data.workers), processes_here(), usable_cores())
-        self.replaced_images = 0  # since this process started
         self.stop = StopRequest()
         self.stop_vote = distributed.StopVote()
 
@@ -225,14 +224,17 @@ class Trainer:
         means = {**self.window.close(), "lr": lr}
         epoch = progress.global_step / self.steps_per_epoch
         self.writer.scalars(progress.global_step, epoch, **{f"train/{name}": value for name, value in means.items()})
-        failures = distributed.gather_lists(self.failures)
-        for failure in failures:
-            _logger.warning("another image took the place of one that cannot be used: %s", failure)
-        self.replaced_images += len(failures)
-        self.failures = []
+        self._report_failures()
         if verdict := self.verdict(self.window.pace):
             _logger.warning("%s", verdict)
         return means
+
+    def _report_failures(self) -> None:
+        """Name and count the images, of all ranks, that others took the place of since the last time."""
+        failures, self.failures = distributed.gather_lists(self.failures), []
+        for failure in failures:
+            _logger.warning("another image took the place of one that cannot be used: %s", failure)
+        self.progress.replaced_images += len(failures)
 
     def _check_finite(self) -> None:
         found = self.window.first_non_finite()
@@ -249,9 +251,9 @@ class Trainer:
             "optim.clip_grad 1.0 or train.precision fp32 may help"
         )
 
-    def replaced(self) -> tuple[int, int]:
-        """Return how many images that cannot be used, and how many reading processes, were replaced since the start."""
-        return self.replaced_images, int(distributed.sum_over_ranks([self.loader.lost_workers])[0])
+    def lost_workers(self) -> int:
+        """Return how many reading processes, of all ranks, were replaced since this process started."""
+        return int(distributed.sum_over_ranks([self.loader.lost_workers])[0])
 
     def show_batch(self) -> None:
         """Draw the first images that are due, as the network gets them, into batch.png and TensorBoard."""
@@ -268,6 +270,7 @@ class Trainer:
     def _save(self, is_best: bool = False) -> None:
         """Save on rank 0; where that fails, or the weights would spoil a good checkpoint, every rank raises."""
         self._check_finite()
+        self._report_failures()
         if not nn.utils.get_total_norm(list(self.learner.model.parameters())).isfinite():
             raise self._non_finite("norm of the weights", self.progress.global_step)
         distributed.on_main(lambda: self.run.checkpoints.save(self._state(), is_best))

@@ -22,7 +22,7 @@ from volo.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 from volo.models import load_checkpoint
 from volo.models.weights import LoadReport, read_checkpoint
 from volo.precision import Precision
-from volo.prepare import load_val, make_eval_loader, require_classes, require_shared_memory
+from volo.prepare import make_eval_loader, require_classes, require_shared_memory
 from volo.program import DONE, UsageError, checking_usage
 from volo.published import published_top1
 from volo.reporting import Progress, setup_logging, text_table, write_results
@@ -143,7 +143,7 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
     if classes is None:
         train = None
         if config.data.class_list == "folders":
-            train = open_split(config.data, config.data.train_split, "data.train_split")
+            train = open_split(config.data, "train")
         classes = class_names(config.data.class_list, train)
     require_classes(classes, config)
     of_imagenet = classes == imagenet_classes()
@@ -154,7 +154,7 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
     manifests = Manifests.of(config.data.cache, config.data.relist)
     datasets = []
     if config.data.val_split != "none":
-        records = load_val(config.data, classes)
+        records = open_split(config.data, "val").records(classes)
         real = ReaLLabels(records) if options.real else None
         name = "imagenet" if of_imagenet else Path(config.data.root).resolve().name
         datasets.append(Dataset(name, records, "imagenet" if of_imagenet else None, real))
@@ -261,7 +261,7 @@ def evaluate_dataset(
 def report_oddities(evaluation: Evaluation, dataset: Dataset) -> None:
     """Say what was unusual about the files, and which could not be read."""
     if dataset.records.ignored:
-        _logger.warning("%s: %d files are no images by their suffix", dataset.name, dataset.records.ignored)
+        _logger.warning("%s: %d files are hidden, or no images by their suffix", dataset.name, dataset.records.ignored)
     for note, count in sorted(evaluation.notes.items()):
         _logger.info("%s: %d images: %s", dataset.name, count, note)
     skipped = evaluation.labels.skipped

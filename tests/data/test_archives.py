@@ -12,6 +12,7 @@ import pytest
 from volo.config import DataConfig
 from volo.data.archives import ArchiveSplit
 from volo.data.formats import open_split
+from volo.data.labels import LabelsOption
 from volo.data.ranges import stamp
 from volo.data.records import class_names, imagenet_classes
 from volo.token_labels.store import label_key
@@ -20,14 +21,14 @@ CLASSES = ("a", "b")
 FILES = {"a/x.jpg": b"1" * 700, "a/y.JPEG": b"", "b/x.jpg": b"3" * 512}
 
 
-def records(*paths: Path, **options):
-    return ArchiveSplit([str(path) for path in paths], "here").records(CLASSES, **options)
+def records(*paths: Path, labels_file: str | None = None):
+    return ArchiveSplit([str(path) for path in paths], "here", LabelsOption(file=labels_file)).records(CLASSES)
 
 
 def test_a_tar_of_class_folders(tmp_path):
     others = {"b/notes.txt": b"?", "b/._x.jpg": b"resource", "./.hidden/y.jpg": b"?", "b/mask.cls.txt": b"?"}
     found = records(formats.write_tar(tmp_path / "all.tar", {**others, **FILES}))
-    assert list(found.names) == list(FILES) and found.labels.tolist() == [0, 0, 1] and found.ignored == 2
+    assert list(found.names) == list(FILES) and found.labels.tolist() == [0, 0, 1] and found.ignored == 4
     assert [found.read(i) for i in range(3)] == list(FILES.values())
     assert found.location(2) == f"{tmp_path}/all.tar: b/x.jpg"
     assert [label_key(name) for name in found.names] == ["a/x", "a/y", "b/x"]
@@ -119,7 +120,7 @@ def test_links_in_archives_are_refused(tmp_path):
     ("files", "told"),
     [
         ({"c/x.jpg": b""}, "1 of 1 folders of here are not among the 2 classes .*: c"),
-        ({"x.jpg": b"", "a/x.jpg": b""}, "1 of 2 images of here lie in no class folder .*data.val_labels.*: x.jpg"),
+        ({"x.jpg": b"", "a/x.jpg": b""}, "1 of 2 images of here lie in no class folder .*data.train_labels.*: x.jpg"),
         ({"x.jpg": b"", "x.cls": b"0", "y.jpg": b""}, "1 of 2 images of here have no .cls .*: y.jpg"),
         ({"x.jpg": b"", "x.cls": b"2"}, ".cls files: labels that are neither class names .* below 2: 2"),
         ({"x.jpg": b"", "x.png": b"", "x.cls": b"0"}, "x.jpg and x.png are images of the same sample"),
@@ -162,7 +163,7 @@ def test_classes_with_numbers_for_names_are_matched_by_name(tmp_path):
     formats.write_parquet(tmp_path, "train", {"3/x.jpg": b"1", "0/y.jpg": b"2"}, ["0", "1", "2", "3"], named=False)
     data = DataConfig(str(tmp_path), cache="none")
     with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all"):
-        open_split(data, "train", "data.x").records(classes)
+        open_split(data, "train").records(classes)
 
 
 def test_patterns_and_what_they_do_not_find(tmp_path):
@@ -170,8 +171,8 @@ def test_patterns_and_what_they_do_not_find(tmp_path):
         formats.write_tar(tmp_path / f"s/train-{number:02d}.tar", {f"a/{number}.jpg": b""})
 
     def found(split: str, **options) -> list[str]:
-        data = DataConfig(str(tmp_path / "s"), cache="none", **options)
-        return list(open_split(data, split, "data.x").records(CLASSES).names)
+        data = DataConfig(str(tmp_path / "s"), train_split=split, cache="none", **options)
+        return list(open_split(data, "train").records(CLASSES).names)
 
     assert found("train-{00..01}.tar") == ["a/0.jpg", "a/1.jpg"] and found("train-0[12].tar") == ["a/1.jpg", "a/2.jpg"]
     assert found(".") == found("*.tar") == found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
@@ -179,16 +180,43 @@ def test_patterns_and_what_they_do_not_find(tmp_path):
     (tmp_path / "s/a/x.jpg").touch()
     assert found(".") == ["a/x.jpg"]  # an archive beside class folders is none of them
     assert found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
-    with pytest.raises(ValueError, match="data.x: there is no tar archive .*/val-[*].tar"):
+    with pytest.raises(ValueError, match="data.train_split: there is no tar archive .*/val-[*].tar"):
         found("val-*.tar")
     with pytest.raises(ValueError, match="train-03.tar cannot be read: No such file"):
         found("train-{00..03}.tar")
-    with pytest.raises(ValueError, match="data.x names .*train-00.tar more than once"):
+    with pytest.raises(ValueError, match="data.train_split names .*train-00.tar more than once"):
         found("train-{00,01,00}.tar")
     with pytest.raises(ValueError, match="data.format is 'folder', but only tar archives are read from a URL"):
         found("http://127.0.0.1:9/x.tar", format="folder")
     with pytest.raises(ValueError, match="nonsense://x.tar is of a kind that cannot be read"):
         found("nonsense://x.tar")
+
+
+@pytest.mark.parametrize("name", ["x[1]", "{a,b}", "what?", "*"])
+def test_names_that_look_like_patterns(tmp_path, name):
+    """What is there under this very name is meant, and a pattern in data.train_split does not reach into data.root."""
+    for number in range(2):
+        formats.write_tar(tmp_path / f"{name}/train-{number}.tar", {f"a/{number}.jpg": b""})
+        formats.write_tar(tmp_path / f"x1/train-{number}.tar", {f"b/{number}.jpg": b""})
+    formats.write_tar(tmp_path / f"{name}.tar", {"a/2.jpg": b""})
+
+    def found(root: Path, split: str) -> list[str]:
+        data = DataConfig(str(root), train_split=split, cache="none")
+        return list(open_split(data, "train").records(CLASSES).names)
+
+    both = ["a/0.jpg", "a/1.jpg"]
+    assert found(tmp_path, name) == both and found(tmp_path, f"{name}.tar") == ["a/2.jpg"]
+    assert found(tmp_path / name, "train-*.tar") == found(tmp_path / name, "train-{0..1}.tar") == both
+    assert found(tmp_path / name, ".") == both and found(tmp_path / name, "train-1.tar") == ["a/1.jpg"]
+
+
+def test_a_web_address_with_a_query_is_one_archive(tmp_path):
+    """As object stores sign them for a while."""
+    formats.write_tar(tmp_path / "all.tar", {"a/0.jpg": b"0", "b/1.jpg": b"1"})
+    with formats.serving(tmp_path) as url:
+        address = f"{url}/all.tar?signature=a/b*c&expires=[60]"
+        found = open_split(DataConfig(str(tmp_path), train_split=address, cache="none"), "train").records(CLASSES)
+        assert list(found.names) == ["a/0.jpg", "b/1.jpg"] and found.read(1) == b"1"
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -203,11 +231,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 def test_parquet_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "train-0.parquet").write_bytes(b"")
     data = DataConfig(str(tmp_path), cache="none")
-    with pytest.raises(ValueError, match="data.x is 'train': .* cannot be opened as a data set of images"):
-        open_split(data, "train", "data.x").records(CLASSES)
+    with pytest.raises(ValueError, match="data.train_split is 'train': .* cannot be opened as a data set of images"):
+        open_split(data, "train").records(CLASSES)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
-        open_split(data, "train", "data.x").records(CLASSES)
+        open_split(data, "train").records(CLASSES)
 
 
 def test_parquet_classes_are_matched_by_name(tmp_path):
@@ -221,7 +249,7 @@ def test_parquet_classes_are_matched_by_name(tmp_path):
         chosen = {f"{name}/x.jpg": data for name, data in zip((names[-1], names[0]), files.values(), strict=True)}
         formats.write_parquet(tmp_path, "train", chosen, names)
         data = DataConfig(str(tmp_path), cache="none")
-        return sorted(open_split(data, "train", "data.x").records(classes).labels.tolist())
+        return sorted(open_split(data, "train").records(classes).labels.tolist())
 
     assert labels(described, synsets) == [0, 999]
     assert labels(["cat", "ape"], ("ape", "bee", "cat")) == [0, 2]

@@ -94,9 +94,7 @@ FORMATS = [
 
 
 def load(data: DataConfig, split: str) -> ImageRecords:
-    if split == "train":
-        return open_split(data, data.train_split, "data.train_split").records(tuple(CLASSES))
-    return open_split(data, data.val_split, "data.val_split").records(tuple(CLASSES), data.val_labels)
+    return open_split(data, split).records(tuple(CLASSES))
 
 
 def known_as(name: str, data: DataConfig, split: str) -> str:
@@ -150,9 +148,7 @@ def test_batches_are_those_of_the_folder(places, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_classes_are_those_of_the_folder(places, name):
     data = places[name]
-    assert class_names("folders", open_split(data, data.train_split, "data.train_split")) == (
-        ("0", "1", "2") if name == "flat" else tuple(CLASSES)
-    )
+    assert class_names("folders", open_split(data, "train")) == (("0", "1", "2") if name == "flat" else tuple(CLASSES))
 
 
 def test_a_flat_folder_takes_its_classes_from_the_devkit_beside_it(places, folder, tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from volo.data import folders
-from volo.data.folders import scan_class_folders, scan_flat
+from volo.data.folders import FolderSplit, scan_class_folders
+from volo.data.labels import LabelsOption
 from volo.data.manifest import Manifests
 
 CLASSES = ("a", "a-b", "b", "c")
@@ -143,14 +144,16 @@ def test_a_cache_that_cannot_be_written_is_told(listings, caplog):
 
 
 def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
-    (tmp_path / "labels.txt").write_text("x.png a\ny.png b\n")
+    (tmp_path / "labels.txt").write_text("x.png a\ny.png b\ndeep/er/z.jpg a\n")
     for name in ("x.png", "y.png"):
         (root / "a" / name).touch()
     settle(root)
     manifests = Manifests(listings.cache)
     for _ in range(2):
-        records = scan_flat(str(root / "a"), str(tmp_path / "labels.txt"), CLASSES, manifests)
-        assert list(records.names) == ["x.png", "y.png"] and records.labels.tolist() == [0, 2]
+        split = FolderSplit(str(root / "a"), LabelsOption(file=str(tmp_path / "labels.txt")), manifests)
+        assert sorted(split.found_classes()) == ["a", "b"]
+        records = split.records(CLASSES)
+        assert list(records.names) == ["deep/er/z.jpg", "x.png", "y.png"] and records.labels.tolist() == [0, 0, 2]
     assert listings.looked == 1
 
 

@@ -1,5 +1,6 @@
 """Class lists and image lists: the right class by name, and a clear error for everything else."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torchvision
 
 from volo.config import DataConfig
-from volo.data.folders import FolderSplit, folder_layout, scan_class_folders, scan_flat
+from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
 from volo.data.formats import open_split
-from volo.data.records import class_names, imagenet_classes
+from volo.data.labels import LabelsOption
+from volo.data.records import ImageRecords, class_names, imagenet_classes
 from volo.data.source import PackedNames
 
 
@@ -43,7 +45,7 @@ def test_folders_are_listed_as_torchvision_lists_them(tmp_path):
         reference
     )
     assert list(records.names) == sorted(records.names) and records.labels.dtype == np.int64
-    assert records.ignored == 1 and len(records) == 6 and records.classes == classes
+    assert records.ignored == 2 and len(records) == 6 and records.classes == classes
 
 
 def test_numbered_folders_follow_their_number(tmp_path):
@@ -104,16 +106,16 @@ def test_class_list_file(tmp_path):
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="data.root is '.*none'"):
-        open_split(DataConfig(str(tmp_path / "none")), "train", "data.train_split")
+        open_split(DataConfig(str(tmp_path / "none")), "train")
     with pytest.raises(ValueError, match="data.train_split is 'train'.*it holds nothing"):
-        open_split(DataConfig(str(tmp_path)), "train", "data.train_split")
+        open_split(DataConfig(str(tmp_path)), "train")
     touch(tmp_path, "training/only/x.txt", "training/only/y.md")
     with pytest.raises(ValueError, match="it holds training"):
-        open_split(DataConfig(str(tmp_path)), "train", "data.train_split")
-    train = open_split(DataConfig(str(tmp_path)), "training", "data.train_split").place
+        open_split(DataConfig(str(tmp_path)), "train")
+    train = open_split(DataConfig(str(tmp_path), train_split="training"), "train").place
     with pytest.raises(ValueError, match="holds only the class 'only'"):
         class_names("folders", FolderSplit(train))
-    with pytest.raises(ValueError, match=r"no image \(.jpg.*2 files with other suffixes .*only/x.txt"):
+    with pytest.raises(ValueError, match=r"no image \(.jpg.*2 files with other suffixes, or hidden, .*only/x.txt"):
         scan_class_folders(train, ("only", "other"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no class"):
@@ -126,7 +128,7 @@ def test_missing_and_empty_folders(tmp_path):
 
 def test_images_outside_class_folders_are_not_lost(tmp_path):
     touch(tmp_path, "a/x.png", "b/x.png", "stray.png")
-    with pytest.raises(ValueError, match="1 images .* outside any class folder: stray.png.*data.val_labels"):
+    with pytest.raises(ValueError, match="1 images .* outside any class folder: stray.png.*data.train_labels"):
         scan_class_folders(str(tmp_path), ("a", "b"))
 
 
@@ -134,6 +136,10 @@ def test_dead_links_are_listed_so_that_reading_names_them(tmp_path):
     touch(tmp_path, "a/x.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
     assert scan_class_folders(str(tmp_path), ("a", "b")).names == PackedNames.of(["a/gone.png", "a/x.png"])
+
+
+def labelled(directory: str, labels_file: str, classes: tuple[str, ...]) -> ImageRecords:
+    return FolderSplit(directory, LabelsOption("data.val_labels", labels_file)).records(classes)
 
 
 FLAT = ["val_1.JPEG", "val_2.JPEG", "val_3.JPEG"]
@@ -151,15 +157,83 @@ FLAT = ["val_1.JPEG", "val_2.JPEG", "val_3.JPEG"]
 def test_flat_folder(tmp_path, text):
     touch(tmp_path, *FLAT, ".hidden.JPEG")
     (tmp_path / "labels.txt").write_text(text)
-    records = scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
-    assert list(records.names) == FLAT and records.labels.tolist() == [0, 1, 2] and records.ignored == 1
+    records = labelled(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
+    assert list(records.names) == FLAT and records.labels.tolist() == [0, 1, 2]
+    assert records.ignored == 2  # the labels file, and an image that is hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label\nval 1.JPEG,dog\nval_2.JPEG,cat\ndeep/3.JPEG,sea cow\n",
+        'val_2.JPEG,cat,a third column\n"val 1.JPEG", dog\ndeep/3.JPEG,"sea cow"\n',
+        "id,label\ndeep/3.JPEG,2\nval_2.JPEG,0\nval 1.JPEG,1\n",
+    ],
+)
+def test_labels_in_a_csv_file_of_images_at_any_depth(tmp_path, text):
+    touch(tmp_path, "val 1.JPEG", "val_2.JPEG", "deep/3.JPEG", "deep/.hidden/4.JPEG")
+    (tmp_path / "labels.csv").write_text(text)
+    records = labelled(str(tmp_path), str(tmp_path / "labels.csv"), ("cat", "dog", "sea cow"))
+    assert list(zip(records.names, records.labels.tolist(), strict=True)) == [
+        ("deep/3.JPEG", 2),
+        ("val 1.JPEG", 1),
+        ("val_2.JPEG", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("val_1.JPEG,cat\n", "images without a line: val_2.JPEG"),
+        ("image.name,label\nval_1.JPEG,cat\nval_2.JPEG,cat\n", "without a label or file: image.name"),
+        ("image,label\nval_1,cat\nval_2,cat\n", "without a label or file: val_1, val_2; images without .*val_1.JPEG"),
+        ("val_1.JPEG,cat\nval_2.JPEG,\n", "without a label or file: val_2.JPEG"),
+        ("val_1.JPEG,cat\nval_2.JPEG,dog\nval_1.JPEG,dog\n", "several lines: val_1.JPEG"),
+        ("", "images without a line: val_1.JPEG, val_2.JPEG"),
+    ],
+)
+def test_csv_errors(tmp_path, text, message):
+    touch(tmp_path, *FLAT[:2])
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        labelled(str(tmp_path), str(tmp_path / "labels.csv"), ("cat", "dog", "sea cow"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(("dog", "sea cow", "dog"), ("dog", "sea cow")), (("10", "9", "1"), ("1", "9", "10"))],
+)
+def test_a_flat_training_folder_takes_its_classes_from_its_labels(tmp_path, labels, classes):
+    touch(tmp_path / "train", *FLAT)
+    touch(tmp_path / "val", *(f"{name}/x.png" for name in classes))
+    (tmp_path / "labels.txt").write_text("".join(map("{} {}\n".format, FLAT, labels)))
+    data = DataConfig(str(tmp_path), train_labels=str(tmp_path / "labels.txt"), cache="none")
+    train = open_split(data, "train")
+    assert class_names("folders", train) == classes
+    found = train.records(classes)
+    assert list(found.names) == FLAT and [classes[i] for i in found.labels] == list(labels)
+    val = open_split(data, "val").records(classes)
+    assert [f"{classes[label]}/x.png" for label in val.labels] == list(val.names)
+    with pytest.raises(ValueError, match="holds no class; .*data.train_labels"):
+        class_names("folders", open_split(dataclasses.replace(data, train_labels=None), "train"))
+
+
+def test_links_that_go_round_are_named(tmp_path):
+    touch(tmp_path, "a/x.png", "b/y.png")
+    (tmp_path / "c").symlink_to(tmp_path / "a")  # leads elsewhere: another class of the same images
+    assert len(scan_class_folders(str(tmp_path), ("a", "b", "c"))) == 3
+    for place, target, told in (("a/z", ".", "a/z/a"), ("b/deep", "b", "b/deep")):
+        (tmp_path / place).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"/{told} is, by a link, a folder that it lies in"):
+            scan_class_folders(str(tmp_path), ("a", "b", "c"))
+        (tmp_path / place).unlink()
 
 
 def test_flat_folder_labels_that_are_names_and_numbers(tmp_path):
     """Where the class names are numbers, a label is a name, whatever its index."""
     touch(tmp_path, *FLAT)
     (tmp_path / "labels.txt").write_text("1\n2\n3\n")
-    assert scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("1", "2", "3")).labels.tolist() == [0, 1, 2]
+    assert labelled(str(tmp_path), str(tmp_path / "labels.txt"), ("1", "2", "3")).labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -180,14 +254,14 @@ def test_flat_folder_errors(tmp_path, text, message):
     touch(tmp_path, *FLAT)
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
+        labelled(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog", "sea cow"))
 
 
 def test_flat_folder_missing_things(tmp_path):
     with pytest.raises(ValueError, match="data.val_labels is"):
-        scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog"))
+        labelled(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog"))
     (tmp_path / "labels.txt").write_text("cat\n")
     with pytest.raises(ValueError, match="has no image"):
-        scan_flat(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog"))
+        labelled(str(tmp_path), str(tmp_path / "labels.txt"), ("cat", "dog"))
     with pytest.raises(ValueError, match="is not a folder"):
-        scan_flat(str(tmp_path / "none"), str(tmp_path / "labels.txt"), ("cat", "dog"))
+        labelled(str(tmp_path / "none"), str(tmp_path / "labels.txt"), ("cat", "dog"))

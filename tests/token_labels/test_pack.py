@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formats
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,8 @@ def save(root: Path, labels: dict[str, torch.Tensor]) -> Path:
     return root
 
 
-LABELS = {f"n{i % 3}/n{i % 3}_{i}": label(i, 3 + i % 2, 4) for i in range(12)}
+N = imagenet_classes()[:3]
+LABELS = {f"{N[i % 3]}/n{i % 3}_{i}": label(i, 3 + i % 2, 4) for i in range(12)}
 
 
 @pytest.fixture
@@ -150,14 +152,28 @@ def test_number_of_classes_without_their_names(tmp_path):
 
 
 def test_images_give_the_keys_where_file_names_were_cut(tmp_path, capsys):
-    """The published code calls the label of "n1/a.b.JPEG" "n1/a.pt"; our key of that image is "n1/a.b"."""
-    source = save(tmp_path / "labels", {"n1/a": label(0), "n1/c": label(1), "n1/spare": label(2)})
-    for name in ("n1/a.b.JPEG", "n1/c.png", "n1/notes.txt", ".hidden.png"):
+    """The published code calls the label of n1/a.b.JPEG n1/a.pt; our key of that image is n1/a.b."""
+    source = save(tmp_path / "labels", {f"{N[1]}/a": label(0), f"{N[1]}/c": label(1), f"{N[1]}/spare": label(2)})
+    for name in (f"{N[1]}/a.b.JPEG", f"{N[1]}/c.png", f"{N[1]}/notes.txt", ".hidden.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).touch()
     store = pack(source, images=str(tmp_path / "images"))
-    assert_holds(store, {"n1/a.b": label(0), "n1/c": label(1), "n1/spare": label(2)})
+    assert_holds(store, {f"{N[1]}/a.b": label(0), f"{N[1]}/c": label(1), f"{N[1]}/spare": label(2)})
     assert "2 images have a label each; 1 labels belong to none of them" in capsys.readouterr().out
+
+
+def test_images_in_an_archive(source, tmp_path, capsys):
+    """WebDataset shards whose keys have no folder: the class list tells what folder an image would lie in."""
+    files = {f"n1_{i}.{suffix}": b"1" for i in (1, 4) for suffix in ("jpg", "cls")}
+    archive = formats.write_tar(tmp_path / "images.tar", files)
+    assert_holds(pack(source, images=str(archive), cache="none"), LABELS)
+    assert "2 images have a label each; 10 labels belong to none of them" in capsys.readouterr().out
+    formats.write_tar(archive, files | {"n1_2.jpg": b"", "n1_2.cls": b"2"})
+    with pytest.raises(UsageError, match=f"no label for 1 of 3 images: {N[2]}/n1_2"):
+        pack(source, images=str(archive), cache="none", overwrite=True)
+    (tmp_path / "few.txt").write_text("only\nthese\n")
+    with pytest.raises(UsageError, match="images.tar, .cls files: .* nor indices below 2: 2"):
+        pack(source, images=str(archive), cache="none", class_list=str(tmp_path / "few.txt"), overwrite=True)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -165,14 +181,14 @@ def test_images_give_the_keys_where_file_names_were_cut(tmp_path, capsys):
 
 def test_images_without_a_label_are_refused_before_any_work(source, tmp_path):
     images = tmp_path / "images"
-    (images / "n0").mkdir(parents=True)
+    (images / N[0]).mkdir(parents=True)
     for i in range(13):
-        (images / "n0" / f"n0_{i}.JPEG").touch()
-    with pytest.raises(UsageError, match="no label for 9 of 13 images: n0/n0_1, .*another image folder"):
+        (images / N[0] / f"n0_{i}.JPEG").touch()
+    with pytest.raises(UsageError, match=f"no label for 9 of 13 images: {N[0]}/n0_1, .*another image folder"):
         pack(source, images=str(images))
     with pytest.raises(UsageError, match="--images is .*none'"):
         pack(source, images=str(tmp_path / "none"))
-    with pytest.raises(UsageError, match=r"holds no image \(.jpg"):
+    with pytest.raises(UsageError, match=r"has no image \(.jpg"):
         pack(source, images=str(source))
     assert not (tmp_path / "store").exists()
 
@@ -204,7 +220,7 @@ def test_an_existing_store_is_replaced_only_when_asked(source):
         run_packing(Options(str(source), str(source), overwrite=True))
 
 
-@pytest.mark.parametrize("stem", ["a/first", "n2/zlast"])
+@pytest.mark.parametrize("stem", ["a/first", f"{N[2]}/zlast"])
 def test_a_wrong_label_file_is_named_and_nothing_is_left(source, stem):
     save(source, {stem: torch.zeros(2, 5, 3)})
     with pytest.raises(ValueError, match=rf"{stem}.pt is not a token label: its shape is \[2, 5, 3\]"):
@@ -244,13 +260,13 @@ def test_command_line_mistakes(tmp_path):
 def test_program_ends_with_its_reason(source, tmp_path):
     code, lines = Program("--source", tmp_path / "none", "--output", tmp_path / "store").end()
     assert code == 2 and lines[-1].startswith(f"error: {tmp_path}/none is not a folder; ")
-    save(source, {"n1/bad": label(0) * torch.nan})
+    save(source, {f"{N[1]}/bad": label(0) * torch.nan})
     code, lines = Program("--source", source, "--output", tmp_path / "store").end()
-    assert code == 1 and lines[-1].startswith(f"error: {source}/n1/bad.pt is not a token label: "), lines
+    assert code == 1 and lines[-1].startswith(f"error: {source}/{N[1]}/bad.pt is not a token label: "), lines
     assert [p.name for p in tmp_path.iterdir()] == ["labels"]
 
 
-STUCK = "n1/n1_10"
+STUCK = f"{N[1]}/n1_10"
 
 
 @pytest.fixture
@@ -293,8 +309,8 @@ def test_interrupted_program_cleans_up(source, stuck):
 
 def test_program_end_to_end(source, tmp_path):
     """Started from nothing, in another folder."""
-    (tmp_path / "images" / "n2").mkdir(parents=True)
-    (tmp_path / "images" / "n2" / "n2_2.JPEG").touch()
+    (tmp_path / "images" / N[2]).mkdir(parents=True)
+    (tmp_path / "images" / N[2] / "n2_2.JPEG").touch()
     words = ["--source", "labels", "--output", "new/store", "--teacher", "x", "--geometry", "whole_image"]
     words += ["--class_list", "imagenet", "--images", "images", "--overwrite", "true"]
     done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def index_archives(urls: list[str], stamps: list[str], place: str) -> Arrays:
 
     Returns, for N images sorted by name: names; archive int32, offset and size int64 [N]; folder and text int32 [N],
     which of ``folders`` (the first folder of the name) and of ``texts`` (of .cls files) each has, -1 for none; stamps
-    of the archives; how many other files there are.
+    of the archives; how many files are hidden images, or no images.
     """
     parts: list[tuple[int, _Part]] = []
     tasks = [(number, url, 0, None, "") for number, url in enumerate(urls)]
@@ -82,7 +82,8 @@ def _go_through(url: str, begin: int, size: int | None, folder: str) -> _Part:
             for member, archive in _members(file, begin, size, where):
                 name = posixpath.normpath(member.name)
                 if name.startswith("../") or any(part.startswith(".") for part in name.split("/")):
-                    continue  # what some systems leave behind; nothing points outside of an archive
+                    ignored += has_image_suffix(name)  # what some systems leave behind: counted, but no image
+                    continue
                 if member.issym() or member.islnk():
                     raise ValueError(
                         f"{where}: {name} is a link to another file; make the archive anew with tar --dereference "

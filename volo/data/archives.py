@@ -20,11 +20,14 @@ import numpy as np
 
 from volo.data.archive_index import index_archives, stamps_of
 from volo.data.decode import SUFFIX_FORMATS, UnreadableImage
-from volo.data.labels import class_indices, read_labels, some
+from volo.data.labels import LabelsOption, class_indices, label_indices, label_texts, some
 from volo.data.manifest import Arrays, Manifests
 from volo.data.ranges import RangeReader, is_url, tells_changes
 from volo.data.records import ImageRecords, Split, require_known
 from volo.data.source import PackedNames, Source
+
+_UNKEPT = Manifests(None)
+_NO_LABELS = LabelsOption()
 
 
 class ArchiveSource(Source):
@@ -61,15 +64,20 @@ class ArchiveSplit(Split):
     Args:
         urls: Local paths or URLs, each once.
         place: What they are called together, for messages.
+        labels: Labels of the images where they have none of their own; a labels file comes before these.
         manifests: Where the index is kept.
-        devkit: Labels of the images where they have none of their own and no labels file is given.
     """
 
-    def __init__(self, urls: Sequence[str], place: str, manifests: Manifests | None = None, devkit: str | None = None):
-        super().__init__(place)
+    def __init__(
+        self,
+        urls: Sequence[str],
+        place: str,
+        labels: LabelsOption = _NO_LABELS,
+        manifests: Manifests = _UNKEPT,
+    ):
+        super().__init__(place, labels)
         self.urls = [url if is_url(url) else os.path.abspath(url.removeprefix("file://")) for url in urls]
-        self.manifests = manifests or Manifests(None)
-        self.devkit = devkit
+        self.manifests = manifests
         self._index: Arrays | None = None
 
     def index(self) -> Arrays:
@@ -90,13 +98,20 @@ class ArchiveSplit(Split):
             )
         return self._index
 
-    def class_folders(self) -> list[str]:
+    def found_classes(self) -> list[str]:
         index = self.index()
+        if labels_file := self._labels_file(index):
+            return sorted(
+                set(label_texts(list(PackedNames(index["names"], index["name_ends"])), labels_file, self.place))
+            )
         if (index["folder"] >= 0).all():
             return list(PackedNames(index["folders"], index["folder_ends"]))
         return list(PackedNames(index["texts"], index["text_ends"]))
 
-    def records(self, classes: tuple[str, ...], labels_file: str | None = None) -> ImageRecords:
+    def _labels_file(self, index: Arrays) -> str | None:
+        return self.labels.file_for(bool((index["text"] >= 0).any() or (index["folder"] >= 0).any()))
+
+    def records(self, classes: tuple[str, ...]) -> ImageRecords:
         index = self.index()
         self._index = None  # what is needed of it lives on in the records
         names = PackedNames(index["names"], index["name_ends"])
@@ -104,10 +119,8 @@ class ArchiveSplit(Split):
             raise ValueError(f"{self.place} has no image ({', '.join(SUFFIX_FORMATS)})")
         order = np.arange(len(names))
         has_class, has_folder = index["text"] >= 0, index["folder"] >= 0
-        if labels_file is None and not has_class.any() and not has_folder.any():
-            labels_file = self.devkit
-        if labels_file is not None:
-            labels = read_labels(list(names), labels_file, self.place, classes)
+        if labels_file := self._labels_file(index):
+            labels = label_indices(label_texts(list(names), labels_file, self.place), classes, labels_file)
         elif has_class.any():
             self._require_all(has_class, names, "have no .cls beside them, as others have")
             labels = self._labels_beside(index, classes)
@@ -117,8 +130,8 @@ class ArchiveSplit(Split):
             self._require_all(
                 has_folder,
                 names,
-                "lie in no class folder and have no .cls beside them; give their labels with data.val_labels (a labels "
-                "file, or the development kit for the official validation images)",
+                f"lie in no class folder and have no .cls beside them; give their labels with {self.labels.name} (a "
+                "labels file, or the development kit for the official validation images)",
             )
             labels = self._labels_by_folder(index, classes)
         reader = RangeReader(self.urls, PackedNames(index["stamps"], index["stamp_ends"]))

@@ -34,7 +34,7 @@ def validation_synsets(names: Iterable[str], devkit: str) -> list[str]:
         if not found or not 1 <= int(found[1]) <= len(truth):
             raise ValueError(
                 f"{devkit} has labels of ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG, and "
-                f"there is an image {name}: give a labels file with data.val_labels instead"
+                f"there is an image {name}, which takes a labels file"
             )
         synsets.append(truth[int(found[1]) - 1])
     return synsets
@@ -71,8 +71,6 @@ def _read(devkit: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
                     for name in wanted:
                         if member.isfile() and member.name.endswith(name):
                             found[name] = archive.extractfile(member).read()
-        except FileNotFoundError as error:
-            raise ValueError(f"data.val_labels is {devkit!r}, which is not a file") from error
         except (OSError, EOFError, tarfile.TarError) as error:
             raise ValueError(f"{devkit} cannot be read ({error}); copy it again") from error
     missing = [name for name in wanted if name not in found]

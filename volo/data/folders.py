@@ -1,4 +1,4 @@
-"""Images in folders: one folder a class, or all in one folder with a file of labels."""
+"""Images in folders: one folder a class, or any folder with a file of labels."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from volo.data.decode import SUFFIX_FORMATS
-from volo.data.labels import is_number, read_labels, some
+from volo.data.labels import LabelsOption, is_number, label_indices, label_texts, some
 from volo.data.manifest import Arrays, Manifests
 from volo.data.records import ImageRecords, Split, has_image_suffix, imagenet_classes, require_known
 from volo.data.source import FolderSource, PackedNames
@@ -16,31 +16,39 @@ from volo.reporting import Progress
 _THREADS = 16  # on a network file system listing is all waiting
 _SHOWN = 10  # names in a message
 _UNKEPT = Manifests(None)
+_NO_LABELS = LabelsOption()
 
 
 class FolderSplit(Split):
-    """A folder with one folder a class; with a labels file, one without such folders.
+    """A folder with one folder a class; with a labels file, or the development kit, a folder of any images.
 
     Args:
         place: The folder.
+        labels: Labels of the images where they do not lie in class folders.
         manifests: Where its listing is kept.
-        devkit: Labels of the images where there are no class folders, and no labels file is given.
     """
 
-    def __init__(self, place: str, manifests: Manifests = _UNKEPT, devkit: str | None = None):
-        super().__init__(place)
+    def __init__(self, place: str, labels: LabelsOption = _NO_LABELS, manifests: Manifests = _UNKEPT):
+        super().__init__(place, labels)
         self.manifests = manifests
-        self.devkit = devkit
+        self._found: LabelledFolder | None = None
 
-    def class_folders(self) -> list[str]:
-        return _subfolders(self.place)
+    def found_classes(self) -> list[str]:
+        folders = _subfolders(self.place)
+        labels_file = self.labels.file_for(bool(folders))
+        return sorted(set(self._labelled(labels_file).texts)) if labels_file else folders
 
-    def records(self, classes: tuple[str, ...], labels_file: str | None = None) -> ImageRecords:
-        if labels_file is None and self.devkit is not None and not self.class_folders():
-            labels_file = self.devkit
-        if labels_file is not None:
-            return scan_flat(self.place, labels_file, classes, self.manifests)
-        return scan_class_folders(self.place, classes, manifests=self.manifests)
+    def records(self, classes: tuple[str, ...]) -> ImageRecords:
+        labels_file = self.labels.file_for(bool(_subfolders(self.place)))
+        if labels_file is None:
+            return scan_class_folders(self.place, classes, manifests=self.manifests, labels_option=self.labels.name)
+        found, self._found = self._labelled(labels_file), None
+        labels = label_indices(found.texts, classes, labels_file)
+        return ImageRecords(FolderSource(self.place, found.names), labels, classes, found.ignored)
+
+    def _labelled(self, labels_file: str) -> "LabelledFolder":
+        self._found = self._found or scan_labelled(self.place, labels_file, self.manifests)
+        return self._found
 
 
 def folder_layout(directory: str, classes: tuple[str, ...]) -> Literal["names", "indices"]:
@@ -59,16 +67,18 @@ def scan_class_folders(
     classes: tuple[str, ...],
     layout: Literal["names", "indices"] = "names",
     manifests: Manifests = _UNKEPT,
+    labels_option: str = _NO_LABELS.name,
 ) -> ImageRecords:
     """List the images of a folder that has one folder a class; images may lie deeper inside it.
 
-    Not every class needs a folder. Hidden files and folders are passed over.
+    Not every class needs a folder. Hidden files and folders are passed over; hidden images are counted as ignored.
 
     Args:
         directory: The folder of a split.
         classes: Class names in index order.
         layout: The folders are called by class "names", or by class "indices" (0, 1, ...) as in ImageNet-V2.
         manifests: Where the listing is kept.
+        labels_option: The option that takes a labels file, for messages.
 
     Raises:
         ValueError: No such folder, a folder that is no class, an image outside the class folders, or no image.
@@ -78,7 +88,7 @@ def scan_class_folders(
     if loose:
         raise ValueError(
             f"{len(loose)} images of {directory} lie outside any class folder: {some(loose)}. Move them into the "
-            "folder of their class; for a flat validation folder give data.val_labels"
+            f"folder of their class, or give {labels_option}, a file of their labels"
         )
     if layout == "names":
         index_of = {name: index for index, name in enumerate(classes)}
@@ -99,26 +109,29 @@ def scan_class_folders(
     return ImageRecords(FolderSource(directory, names), labels, classes, ignored)
 
 
-def scan_flat(
-    directory: str, labels_file: str, classes: tuple[str, ...], manifests: Manifests = _UNKEPT
-) -> ImageRecords:
-    """List the images of a folder without class folders, such as the 50,000 validation files of ILSVRC2012.
+class LabelledFolder(NamedTuple):
+    """The N images of a folder and the label of each as its labels file has it; how many other files there are."""
 
-    For ``labels_file`` see :func:`volo.data.labels.read_labels`.
+    names: PackedNames
+    texts: list[str]
+    ignored: int
+
+
+def scan_labelled(directory: str, labels_file: str, manifests: Manifests = _UNKEPT) -> LabelledFolder:
+    """List the images of a folder, and of the folders in it, that a labels file labels.
+
+    For ``labels_file`` see :func:`volo.data.labels.label_texts`; names in there are relative to ``directory``.
 
     Raises:
-        ValueError: No such folder or file, no image, or lines that do not match the files or the classes.
+        ValueError: No such folder, no image, or lines that do not match the files.
     """
     if not os.path.isdir(directory):
-        raise ValueError(f"{directory} is not a folder; see data.root and data.val_split")
-    if not os.path.exists(labels_file):
-        raise ValueError(f"data.val_labels is {labels_file!r}, which is not a file")
+        raise ValueError(f"{directory} is not a folder; see data.root, data.train_split and data.val_split")
     listing = _listing(directory, [""], manifests)
     names = PackedNames(listing["names"], listing["name_ends"])
     ignored = int(listing["ignored"])  # the labels file, it may be
     _require_images(directory, len(names), ignored, PackedNames(listing["strays"], listing["stray_ends"]))
-    labels = read_labels(list(names), labels_file, directory, classes)
-    return ImageRecords(FolderSource(directory, names), labels, classes, ignored)
+    return LabelledFolder(names, label_texts(list(names), labels_file, directory), ignored)
 
 
 # ------------------------------------------------------------------------------------------------- listing
@@ -132,10 +145,10 @@ def _before_its_files(folder: str) -> str:
 def _listing(directory: str, folders: list[str], manifests: Manifests) -> Arrays:
     """List ``folders``, or find them listed: names of the images, how many each folder has, what else was there.
 
-    Folder "" stands for the files of ``directory`` itself, without those of folders in it.
+    Folder "" stands for ``directory`` itself.
     """
     place = os.path.abspath(directory)
-    kind = "flat folder" if folders == [""] else "class folders"
+    kind = "folder" if folders == [""] else "class folders"
 
     def is_fresh(kept: Arrays) -> bool:
         known = PackedNames(kept["folders"], kept["folder_ends"])
@@ -190,30 +203,36 @@ class _Found(NamedTuple):
 
 
 def _list_one(directory: str, folder: str) -> _Found:
-    files, places, times = [], [], []
-    waiting = [folder]
+    files, places, times, hidden = [], [], [], 0
+    waiting: list[tuple[str, frozenset]] = [(folder, frozenset())]
     while waiting:
-        place = waiting.pop()
+        place, above = waiting.pop()
         path = os.path.join(directory, place)
-        # The time first: what is added while it is listed makes the listing stale, not wrong.
-        places.append(place)
-        times.append(_changed_at(path))
         try:
+            # The time first: what is added while it is listed makes the listing stale, not wrong.
+            status = os.stat(path)
+            places.append(place)
+            times.append(status.st_mtime_ns)
+            this = (status.st_dev, status.st_ino)
+            if this in above:
+                raise ValueError(
+                    f"{path} is, by a link, a folder that it lies in, so that listing it has no end; remove the link"
+                )
             with os.scandir(path) as entries:
                 for entry in entries:
                     name = f"{place}/{entry.name}" if place else entry.name
                     if entry.name.startswith("."):
-                        continue
-                    if not entry.is_dir():
+                        hidden += has_image_suffix(entry.name)
+                    elif not entry.is_dir():
                         files.append(name)  # dead links too, so that reading names them
-                    elif folder:
-                        waiting.append(name)
+                    else:
+                        waiting.append((name, above | {this}))
         except OSError as error:
             raise ValueError(f"{path} cannot be listed: {error.strerror}") from error
     files.sort()
     others = [file for file in files if not has_image_suffix(file)]
     images = PackedNames.of(file for file in files if has_image_suffix(file))
-    return _Found(images, len(others), others[:_SHOWN], places, times)
+    return _Found(images, len(others) + hidden, others[:_SHOWN], places, times)
 
 
 def _changed_at(path: str) -> int:
@@ -227,7 +246,7 @@ def _changed_at(path: str) -> int:
 def _require_images(directory: str, images: int, ignored: int, strays: PackedNames) -> None:
     if not images:
         names = ", ".join(strays) + (f" and {ignored - len(strays)} more" if ignored > len(strays) else "")
-        left_out = f"; {ignored} files with other suffixes were left out: {names}" if ignored else ""
+        left_out = f"; {ignored} files with other suffixes, or hidden, were left out: {names}" if ignored else ""
         raise ValueError(f"{directory} has no image ({', '.join(SUFFIX_FORMATS)}){left_out}")
 
 

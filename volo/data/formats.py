@@ -7,12 +7,13 @@ or the name of a split of Parquet files. The root may be a URL, and so may a spl
 import glob
 import os
 import re
+from typing import Literal
 
 from volo.config import DataConfig
 from volo.data.archives import ArchiveSplit
 from volo.data.devkit import ARCHIVE as DEVKIT
 from volo.data.folders import FolderSplit
-from volo.data.labels import repeated, some
+from volo.data.labels import LabelsOption, repeated, some
 from volo.data.manifest import Manifests
 from volo.data.parquet import ParquetSplit, has_parquet
 from volo.data.ranges import file_system, is_url
@@ -21,36 +22,44 @@ from volo.data.records import Split
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 
 
-def open_split(data: DataConfig, split: str, option: str) -> Split:
-    """Open the images of a split; ValueError, with what is there instead, where there are none.
+def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
+    """Open the training or validation images; ValueError, with what is there instead, where there are none.
 
-    Args:
-        data: Where the data are, and in what format; with "auto", what is there decides.
-        split: ``data.train_split`` or ``data.val_split``.
-        option: The option that gave ``split``, for messages.
+    In what format they are, ``data.format`` says; with "auto", what is there decides.
     """
+    if which == "train":
+        split, option, labels_file = data.train_split, "data.train_split", data.train_labels
+    else:
+        split, option, labels_file = data.val_split, 'data.val_split ("none" evaluates nothing)', data.val_labels
     root, split = data.root.removeprefix("file://"), split.removeprefix("file://")
+    labels = LabelsOption(f"data.{which}_labels", labels_file)
     if is_url(root) or is_url(split):
-        target = split if is_url(split) else f"{root.rstrip('/')}/{split}"
         if data.format not in ("auto", "tar"):
-            raise ValueError(f"data.format is {data.format!r}, but only tar archives are read from a URL ({target})")
-        return _archives(data, target, option)
+            where = split if is_url(split) else root
+            raise ValueError(f"data.format is {data.format!r}, but only tar archives are read from a URL ({where})")
+        return _archives(data, root, split, option, labels)
     if not os.path.isdir(root):
         raise ValueError(f"data.root is {root!r}, which is not a folder; give the folder that holds the images")
     target = os.path.join(root, split)
+    labels = labels._replace(devkit=_devkit(root) or _devkit(os.path.dirname(target)))
     found = data.format if data.format != "auto" else _format_of(root, target, split)
     if found == "tar":
-        return _archives(data, target, option)
+        return _archives(data, root, split, option, labels)
     if found == "parquet":
-        return ParquetSplit(target if has_parquet(target) else root, split, option)
+        return ParquetSplit(target if has_parquet(target) else root, split, option, labels)
     if not os.path.isdir(target):
         there = some(sorted(os.listdir(root))) if os.listdir(root) else "nothing"
         raise ValueError(f"{option} is {split!r}, but data.root ({root}) has no such folder; it holds {there}")
-    return FolderSplit(target, Manifests.of(data.cache, data.relist), _devkit(root))
+    return FolderSplit(target, labels, Manifests.of(data.cache, data.relist))
 
 
 def is_pattern(path: str) -> bool:
-    """Tell whether ``path`` stands for several: with ``*``, ``?``, ``[...]`` or ``{...}`` in it."""
+    """Tell whether ``path`` stands for several: with ``*``, ``?``, ``[...]`` or ``{...}`` in it.
+
+    In a web address "?" begins the query, such as a signature.
+    """
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
     return re.search(r"[*?\[{]", path) is not None
 
 
@@ -68,37 +77,58 @@ def _format_of(root: str, target: str, split: str) -> str:
     return "parquet" if has_parquet(root) else "folder"
 
 
-def _archives(data: DataConfig, target: str, option: str) -> ArchiveSplit:
-    """Open the archives that ``target`` stands for: itself, those of a folder, or those that fit a pattern."""
-    official = None if is_url(target) or os.path.exists(target) else _official(*os.path.split(target))
-    urls = [official] if official else _expand(target)
+def _archives(data: DataConfig, root: str, split: str, option: str, labels: LabelsOption) -> ArchiveSplit:
+    """Open the archives that a split stands for: itself, those of a folder, or those that fit a pattern."""
+    if is_url(root) or is_url(split):
+        place = split if is_url(split) else f"{root.rstrip('/')}/{split}"
+        urls = _remote_archives(place)
+    else:
+        place = os.path.join(root, split)
+        urls = _local_archives(root, split)
     if twice := repeated(urls):
         raise ValueError(f"{option} names {some(twice)} more than once, and each image is to be seen once an epoch")
     if not urls:
-        raise ValueError(f"{option}: there is no tar archive {target}; give one, a folder of them, or a pattern")
-    place = official or target
-    devkit = None if is_url(target) else _devkit(data.root.removeprefix("file://")) or _devkit(os.path.dirname(place))
-    return ArchiveSplit(urls, place, Manifests.of(data.cache, data.relist), devkit)
+        raise ValueError(f"{option}: there is no tar archive {place}; give one, a folder of them, or a pattern")
+    place = urls[0] if len(urls) == 1 else place
+    return ArchiveSplit(urls, place, labels, Manifests.of(data.cache, data.relist))
 
 
-def _expand(target: str) -> list[str]:
-    """Return the archives of a path or URL: braces written out, * and ? matched, folders listed."""
-    if not is_url(target) and os.path.isdir(target):
-        return sorted(glob.glob(os.path.join(glob.escape(target), "*.tar")))
+def _local_archives(root: str, split: str) -> list[str]:
+    """Return the archives that ``split`` stands for; what is there under this very name comes before patterns."""
+    path = os.path.join(root, split)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if os.path.exists(path):
+        return [path]
+    if official := _official(root, split):
+        return [official]
+    found = []
+    for one in _braces(split):
+        path = os.path.join(root, one)
+        escaped = os.path.join(glob.escape(root), one)  # only the split is a pattern
+        found += [path] if os.path.exists(path) or not is_pattern(one) else sorted(glob.glob(escaped))
+    return found
+
+
+def _remote_archives(url: str) -> list[str]:
+    """Return the archives of a URL: braces written out, * and ? matched, folders listed."""
+    found = []
+    for one in _braces(url):
+        if not is_pattern(one) and one.partition("?")[0].endswith(".tar"):
+            found.append(one)
+        else:
+            system, path = file_system(one if is_pattern(one) else f"{one}/*.tar")
+            found += sorted(system.unstrip_protocol(match) for match in system.glob(path))
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """Write out the braces of a pattern: x-{0..2}.tar and x-{a,b}.tar."""
+    if "{" not in pattern:
+        return [pattern]
     from braceexpand import braceexpand
 
-    found = []
-    for one in braceexpand(target) if "{" in target else [target]:
-        if is_url(one) and not one.endswith(".tar"):
-            one += "" if is_pattern(one) else "/*.tar"
-        if not is_pattern(one):
-            found.append(one)
-        elif is_url(one):
-            system, path = file_system(one)
-            found += sorted(system.unstrip_protocol(match) for match in system.glob(path))
-        else:
-            found += sorted(glob.glob(one))
-    return found
+    return list(braceexpand(pattern))
 
 
 def _official(root: str, split: str) -> str | None:

@@ -1,67 +1,89 @@
 """Labels of images that no class folder tells: a labels file, or the development kit of ILSVRC2012."""
 
+import csv
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from volo.data.devkit import is_devkit, validation_synsets
 
 
-def read_labels(names: Sequence[str], labels_file: str, place: str, classes: tuple[str, ...]) -> np.ndarray:
-    """Return the class index of each of ``names``, int64 [N].
+class LabelsOption(NamedTuple):
+    """What is said about the labels of images that are not sorted into classes.
+
+    Args:
+        name: The option that says it, for messages.
+        file: The labels file, if there is one: see :func:`label_texts`.
+        devkit: The development kit, which takes its place where images have no labels of their own.
+    """
+
+    name: str = "data.train_labels"
+    file: str | None = None
+    devkit: str | None = None
+
+    def file_for(self, sorted_already: bool) -> str | None:
+        """Return the file that labels the images, None where they are to have labels of their own.
+
+        Raises ValueError where there is no such file.
+        """
+        if self.file is not None and not os.path.exists(self.file):
+            raise ValueError(f"{self.name} is {self.file!r}, which is not a file")
+        return self.file or (None if sorted_already else self.devkit)
+
+
+def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]:
+    """Return the label of each of ``names``, as the file has it.
 
     Args:
         names: The images.
         labels_file: A text file of one line an image: "file-name label", or only "label", for the files in sorted
-            order. Labels are class names throughout or 0-based class indices throughout. Or the development kit,
-            ILSVRC2012_devkit_t12.tar.gz or the folder unpacked from it, for the official validation files. The ids of
-            its ILSVRC2012_validation_ground_truth.txt by themselves (1-based, in an order of their own) are neither,
-            and are refused.
+            order. Or a .csv file whose first two columns are file name and label; a first row that names no file is
+            its header. Or the development kit, ILSVRC2012_devkit_t12.tar.gz or the folder unpacked from it, for the
+            official validation files. The ids of its ILSVRC2012_validation_ground_truth.txt by themselves (1-based,
+            in an order of their own) are none of these, and are refused.
         place: What holds the images, for messages.
-        classes: Class names in index order.
 
     Raises:
-        ValueError: No such file, or lines that do not match the files or the classes.
+        ValueError: Lines that do not match the images.
     """
     if is_devkit(labels_file):
-        return _parse(validation_synsets(names, labels_file), classes, labels_file)
-    if not os.path.isfile(labels_file):
-        raise ValueError(f"data.val_labels is {labels_file!r}, which is not a file")
-    return _parse(_by_file(names, lines_of(labels_file), place, labels_file), classes, labels_file)
-
-
-def _by_file(names: Sequence[str], lines: list[str], place: str, labels_file: str) -> list[str]:
-    """Return the label text of each of ``names`` from lines of either form."""
+        return validation_synsets(names, labels_file)
     known = set(names)
-    pairs = [line.split(maxsplit=1) for line in lines]
-    if not any(pair[0] in known for pair in pairs):
-        if len(lines) != len(names):
-            raise ValueError(
-                f"{labels_file} has {len(lines)} labels, but {place} has {len(names)} images; give one label an "
-                'image in the order of the sorted file names, or lines of the form "file-name label"'
-            )
-        return lines
-
-    stray = [pair[0] for pair in pairs if pair[0] not in known or len(pair) == 1]
-    by_name = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-    missing = [name for name in names if name not in by_name]
-    if stray or missing or len(by_name) != len(pairs):
+    lines = lines_of(labels_file)
+    if labels_file.lower().endswith(".csv"):
+        rows = [[cell.strip() for cell in row[:2]] for row in csv.reader(lines)]
+        if rows and rows[0][0] not in known and not os.path.splitext(rows[0][0])[1]:
+            rows = rows[1:]
+    else:
+        rows = [line.split(maxsplit=1) for line in lines]
+        if not any(row[0] in known for row in rows):
+            if len(lines) != len(names):
+                raise ValueError(
+                    f"{labels_file} has {len(lines)} labels, but {place} has {len(names)} images; give one label an "
+                    'image in the order of the sorted file names, or lines of the form "file-name label"'
+                )
+            return lines
+    label_of = {row[0]: row[1] for row in rows if len(row) == 2 and row[1]}
+    stray = [row[0] for row in rows if row[0] not in known or row[0] not in label_of]
+    missing = [name for name in names if name not in label_of]
+    if stray or missing or len(label_of) != len(rows):
         problems = {
             "lines without a label or file": stray,
             "images without a line": missing,
-            "files with several lines": [] if stray or missing else repeated([pair[0] for pair in pairs]),
+            "files with several lines": [] if stray or missing else repeated([row[0] for row in rows]),
         }
         told = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
         raise ValueError(f"{labels_file} does not match {place}: {told}")
-    return [by_name[name] for name in names]
+    return [label_of[name] for name in names]
 
 
-def _parse(texts: list[str], classes: tuple[str, ...], labels_file: str) -> np.ndarray:
-    """Turn label texts into class indices: all of them names, or all of them 0-based indices."""
+def label_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.ndarray:
+    """Return the class index of each text, int64 [N]: see :func:`class_indices`."""
     distinct, which = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    return class_indices(distinct.tolist(), classes, labels_file)[which]
+    return class_indices(distinct.tolist(), classes, place)[which]
 
 
 def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from volo.data.decode import SUFFIX_FORMATS, UnreadableImage
-from volo.data.labels import class_indices, some
+from volo.data.labels import LabelsOption, class_indices, some
 from volo.data.records import ImageRecords, Split, imagenet_classes
 from volo.data.source import PackedNames, Source
 
@@ -64,10 +64,11 @@ class ParquetSplit(Split):
         folder: The data set.
         split: Name of the split; where there is no "val", "validation" is taken.
         option: The option that gave it, for messages.
+        labels: No labels file, since every row has its label.
     """
 
-    def __init__(self, folder: str, split: str, option: str):
-        super().__init__(f"{folder} (split {split})")
+    def __init__(self, folder: str, split: str, option: str, labels: LabelsOption):
+        super().__init__(f"{folder} (split {split})", labels)
         self.folder, self.split, self.option = folder, split, option
         self._reader = None
 
@@ -87,14 +88,14 @@ class ParquetSplit(Split):
                 raise ValueError(f"{self.option} is {self.split!r}: {problem}")
         return self._reader
 
-    def class_folders(self) -> list[str]:
+    def found_classes(self) -> list[str]:
         reader = self.reader()
         return list(reader.class_to_idx) or sorted({str(label) for label in _column(reader, "label")})
 
-    def records(self, classes: tuple[str, ...], labels_file: str | None = None) -> ImageRecords:
+    def records(self, classes: tuple[str, ...]) -> ImageRecords:
         reader = self.reader()
-        if labels_file is not None:
-            raise ValueError(f"data.val_labels is given, but {self.place} has labels of its own; leave it out")
+        if self.labels.file is not None:
+            raise ValueError(f"{self.labels.name} is given, but {self.place} has labels of its own; leave it out")
         if not len(reader):
             raise ValueError(f"{self.place} has no image")
         labels = self._labels(reader, classes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from volo.data.decode import SUFFIX_FORMATS
-from volo.data.labels import is_number, lines_of, repeated, some
+from volo.data.labels import LabelsOption, is_number, lines_of, repeated, some
 from volo.data.source import PackedNames, Source
 
 
@@ -25,7 +25,7 @@ class ImageRecords:
         source: Names and contents of the N files.
         labels: Class index of each image, int64 [N].
         classes: The C class names in index order.
-        ignored: Files left out because their suffix is not that of an image.
+        ignored: Files left out because they are hidden images, or no images by their suffix.
     """
 
     source: Source
@@ -62,22 +62,23 @@ class Split(ABC):
 
     Args:
         place: Where they are, for messages.
+        labels: Labels of images that are not sorted into classes.
     """
 
-    def __init__(self, place: str):
+    def __init__(self, place: str, labels: LabelsOption):
         self.place = place
+        self.labels = labels
 
     @abstractmethod
-    def class_folders(self) -> list[str]:
-        """Return the names of the classes that the images are sorted into, in any order; none where they are not."""
+    def found_classes(self) -> list[str]:
+        """Return the names of the classes that the images have by their place or labels, in any order."""
 
     @abstractmethod
-    def records(self, classes: tuple[str, ...], labels_file: str | None = None) -> ImageRecords:
+    def records(self, classes: tuple[str, ...]) -> ImageRecords:
         """List the images.
 
         Args:
             classes: Class names in index order. Not every class needs an image.
-            labels_file: Labels of images that are not sorted into classes: see :func:`volo.data.labels.read_labels`.
 
         Raises:
             ValueError: No image, or one without a label, or of a class that is none of ``classes``.
@@ -93,9 +94,10 @@ def class_names(class_list: str, train: Split | None = None) -> tuple[str, ...]:
     """Return the class names in index order.
 
     Args:
-        class_list: "folders": the class folders of ``train``, sorted as strings, as torchvision sorts them and as
-            the published models index the synsets; where every name is a number, by its value, so that folder 10
-            is class 10. "imagenet": the ILSVRC2012 synsets. Anything else: a text file, one name a line.
+        class_list: "folders": the class folders of ``train`` (or the labels of its labels file), sorted as strings,
+            as torchvision sorts them and as the published models index the synsets; where every name is a number, by
+            its value, so that folder 10 is class 10. "imagenet": the ILSVRC2012 synsets. Anything else: a text file,
+            one name a line.
         train: The training images; only "folders" looks at it.
 
     Raises:
@@ -104,8 +106,8 @@ def class_names(class_list: str, train: Split | None = None) -> tuple[str, ...]:
     if class_list == "imagenet":
         return imagenet_classes()
     if class_list == "folders":
-        source, remedy = train.place, "put one folder a class there, or name the classes with data.class_list"
-        names = train.class_folders()
+        source, remedy = train.place, f"put one folder a class there, or give {train.labels.name}"
+        names = train.found_classes()
         key = (lambda name: (int(name), name)) if all(map(is_number, names)) else None
         names = sorted(names, key=key)
     else:

@@ -6,11 +6,18 @@ from pathlib import Path
 from volo.config import DataConfig
 from volo.data.formats import open_split
 from volo.data.records import ImageRecords, class_names
+from volo.program import with_options_of
 
 MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+_OPTIONS_HERE = {
+    "data.root": "--source",
+    "data.val_labels": "--devkit",
+    'data.val_split ("none" evaluates nothing)': "split val",
+    "data.train_split": "split train",
 }
 IMAGES = {"train": 1_281_167, "val": 50_000}
 
@@ -35,20 +42,13 @@ class Source:
 
     def open(self) -> dict[str, ImageRecords]:
         """Return the images of each split, sorted into classes; ValueError where they cannot be found or sorted."""
+        data = DataConfig(self.folder, cache=self.cache, val_labels=self.devkit)
         try:
-            return self._open()
+            opened = {split: open_split(data, split) for split in self.splits}
+            classes = class_names("folders", opened["train"]) if "train" in opened else class_names("imagenet")
+            return {split: records.records(classes) for split, records in opened.items()}
         except ValueError as error:
-            told = str(error)
-            for name, here in (("data.val_labels", "--devkit"), ("data.root", "--source")):  # as train.py calls them
-                told = told.replace(name, here)
-            raise ValueError(told) from error
-
-    def _open(self) -> dict[str, ImageRecords]:
-        data = DataConfig(self.folder, cache=self.cache)
-        opened = {split: open_split(data, split, f"split {split}") for split in self.splits}
-        classes = class_names("folders", opened["train"]) if "train" in opened else class_names("imagenet")
-        labels = {"train": None, "val": self.devkit}
-        return {split: opened[split].records(classes, labels[split]) for split in self.splits}
+            raise ValueError(with_options_of(_OPTIONS_HERE, str(error))) from error
 
     def check(self, counts: dict[str, int]) -> str:
         """Return the counts in words; ValueError where one is not as expected."""

@@ -25,6 +25,7 @@ from PIL import Image
 from volo.data.augment import EvalTransform
 from volo.data.decode import UnreadableImage, read_image
 from volo.data.records import ImageRecords
+from volo.durable import sync_folder
 from volo.imagenet.official import Source, require_free
 from volo.program import DONE, checking_usage
 from volo.reporting import Progress
@@ -229,6 +230,7 @@ def _write_shard(job: tuple[Path, np.ndarray]) -> None:
         os.fsync(file.fileno())
     write_atomic(_changes_file(path), json.dumps(asdict(changes)))
     os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def smaller(records: ImageRecords, index: int, options: ShardOptions, changes: Changes) -> tuple[bytes, str]:

@@ -7,14 +7,18 @@ leaves whole classes, and the next one goes on with the others.
 import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from volo.data.records import ImageRecords
+from volo.durable import sync_folder
 from volo.imagenet.official import Source
 from volo.program import DONE, checking_usage
 from volo.reporting import Progress
+
+_THREADS = 16
 
 _logger = logging.getLogger("volo")
 
@@ -66,11 +70,22 @@ def unpack(records: ImageRecords, folder: Path) -> None:
 
 
 def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, whole: Path) -> None:
+    """Write the images of a class; its folder gets its name when they, and their names, are on the disk."""
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    for index in indices.tolist():
-        (partial / os.path.basename(records.name(index))).write_bytes(records.read(index))
-    if len(os.listdir(partial)) != len(indices):
+    paths = [partial / os.path.basename(records.name(index)) for index in indices.tolist()]
+    if len(set(paths)) != len(paths):
         raise ValueError(f"images of {whole.name} have the same name; they cannot lie in one folder")
+    with ThreadPoolExecutor(_THREADS) as pool:  # one after the other would wait for the disk each time
+        list(pool.map(_write, paths, map(records.read, indices.tolist())))
+    sync_folder(partial)
     os.replace(partial, whole)
+    sync_folder(whole.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -19,20 +19,17 @@ from pathlib import Path
 import torch
 
 from volo import distributed
-from volo.config import DataConfig
-from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
-from volo.data.formats import is_pattern, open_split
-from volo.data.ranges import is_url
-from volo.data.records import ImageRecords, class_names
+from volo.data.records import ImageRecords
 from volo.distributed import World, worker_count
 from volo.models import read_checkpoint
 from volo.precision import Precision
-from volo.program import DONE, STOPPED, UsageError
+from volo.program import DONE, STOPPED, UsageError, with_options_of
 from volo.reporting import Progress, setup_logging
 from volo.signals import StopRequest
 from volo.token_labels.blocks import BlockFolder
 from volo.token_labels.generate_options import GenerateOptions
 from volo.token_labels.generate_output import Stopped, Totals, require_storable, write_output
+from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.labeller import Labeller
 from volo.token_labels.teacher import Teacher
 from volo.token_labels.teacher_input import Chunk, read_chunks
@@ -41,9 +38,7 @@ from volo.token_labels.teachers import WeightsNotFetched, make_teacher
 _logger = logging.getLogger("volo")
 
 # The functions that reading images and making models are shared with name the options of train.py.
-_OPTIONS_HERE = {
-    "data.class_list": "--class_list",
-    "data.root": "--images",
+_OPTIONS_HERE = OPTIONS_HERE | {
     "model.img_size": "--img_size",
     "train.precision": "--precision",
     "train.device": "--device",
@@ -96,15 +91,7 @@ def find_images(options: GenerateOptions) -> ImageRecords:
         raise ValueError(f"--output {output} exists already; it is not touched: name another, or move it away")
     if options.teacher_checkpoint and not os.path.isfile(options.teacher_checkpoint):
         raise ValueError(f"--teacher_checkpoint is {options.teacher_checkpoint!r}, which is not a file")
-    if not (is_url(options.images) or is_pattern(options.images) or os.path.exists(options.images)):
-        raise ValueError(f"--images is {options.images!r}, which is neither a folder nor a tar archive")
-    root, name = os.path.split(options.images.rstrip("/"))
-    split = open_split(DataConfig(root or ".", cache=options.cache), name, "--images")
-    classes = class_names(options.class_list, split)
-    if isinstance(split, FolderSplit):
-        records = scan_class_folders(options.images, classes, folder_layout(options.images, classes), split.manifests)
-    else:
-        records = split.records(classes)
+    records = open_images(options.images, options.class_list, options.labels, options.cache)
     require_storable(options.format, records)
     return records
 
@@ -231,7 +218,7 @@ def describe(
         ("processes", f"{world.size} on {device}, precision {precision.name}"),
     ]
     if records.ignored:
-        rows.append(("ignored", f"{records.ignored} files that are no images by their suffix"))
+        rows.append(("ignored", f"{records.ignored} files that are hidden, or no images by their suffix"))
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
@@ -284,7 +271,4 @@ def _checking_options() -> Iterator[None]:
     except WeightsNotFetched:
         raise
     except ValueError as error:
-        text = str(error)
-        for name, here in _OPTIONS_HERE.items():
-            text = text.replace(name, here)
-        raise UsageError(text) from error
+        raise UsageError(with_options_of(_OPTIONS_HERE, str(error))) from error

@@ -21,6 +21,7 @@ class GenerateOptions:
         teacher_checkpoint: Weights of the teacher; without it a timm teacher takes its pretrained weights.
         weights: Which weights of that file; auto takes what chose the best checkpoint for our files, raw for others.
         random_weights: An untrained teacher, to try the way out; its labels say nothing.
+        labels: Labels of images that are not sorted into classes, as data.train_labels of the training.
         class_list: Class names in index order: "folders" (sorted folders of images), "imagenet" (the 1,000 ILSVRC2012
             synsets) or a text file, one name a line.
         geometry: "whole_image": the whole image is resized to the teacher's input, without a crop, so that the map
@@ -47,6 +48,7 @@ class GenerateOptions:
     teacher_checkpoint: str | None = None
     weights: Literal["auto", "raw", "ema"] = "auto"
     random_weights: bool = False
+    labels: str | None = None
     class_list: str = "folders"
     geometry: Literal["whole_image", "reference"] = "whole_image"
     img_size: int | list[int] | None = None

@@ -9,12 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from volo.data.decode import SUFFIX_FORMATS
 from volo.data.records import class_names, imagenet_classes
-from volo.program import DONE, checking_usage
+from volo.data.source import PackedNames
+from volo.program import DONE, checking_usage, with_options_of
 from volo.reporting import Progress, setup_logging
+from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import check_covers
-from volo.token_labels.published import PublishedLabels, files_below
+from volo.token_labels.published import PublishedLabels
 from volo.token_labels.store import label_key
 from volo.token_labels.writer import StoreWriter
 
@@ -32,7 +33,10 @@ class Options:
         num_classes: Classes of the teacher; None takes the length of the class list.
         class_list: "imagenet", or a text file with one class name a line; None is "imagenet" where num_classes is
             not given either, and otherwise no names.
-        images: Folder of the images that the labels are for; each must have a label. None leaves that unchecked.
+        images: The images that the labels are for, in a folder, an archive or shards; each must have a label. None
+            leaves that unchecked.
+        labels: Labels file of these images, as ``data.train_labels``.
+        cache: As ``data.cache``.
         overwrite: Replace a store that is there already.
     """
 
@@ -44,6 +48,8 @@ class Options:
     num_classes: int | None = None
     class_list: str | None = None
     images: str | None = None
+    labels: str | None = None
+    cache: str = "auto"
     overwrite: bool = False
 
 
@@ -56,7 +62,8 @@ def run_packing(options: Options) -> int:
         labels = PublishedLabels(options.source, num_classes)
     top_k = labels.header.top_k  # reads the first file, which may be damaged
     with checking_usage():
-        keys = entry_keys(labels, options.images, num_classes)
+        names = image_names(options) if options.images else None
+        keys = entry_keys(labels, names, num_classes)
         writer = StoreWriter(
             options.output,
             teacher=options.teacher,
@@ -102,20 +109,24 @@ def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tu
     return classes, len(classes)
 
 
-def entry_keys(labels: PublishedLabels, images: str | None, num_classes: int) -> list[str]:
+def image_names(options: Options) -> PackedNames:
+    """Return the names of the images; ValueError, in the words of our options, where there are none."""
+    class_list = options.class_list or ("imagenet" if options.num_classes is None else "folders")
+    try:
+        return open_images(options.images, class_list, options.labels, options.cache).names
+    except ValueError as error:
+        raise ValueError(with_options_of(OPTIONS_HERE, str(error))) from error
+
+
+def entry_keys(labels: PublishedLabels, names: PackedNames | None, num_classes: int) -> list[str]:
     """Return the key that each label file is packed under: that of its image, where the images are given."""
     keys = [labels.key(entry) for entry in range(len(labels))]
-    if images is None:
+    if names is None:
         return keys
-    if not Path(images).is_dir():
-        raise ValueError(f"--images is {images!r}, which is not a folder")
-    files = sorted(f for f in files_below(Path(images)) if Path(f).suffix.lower() in SUFFIX_FORMATS)
-    if not files:
-        raise ValueError(f"--images is {images!r}, which holds no image ({', '.join(SUFFIX_FORMATS)})")
-    image_keys = [label_key(file) for file in files]
+    image_keys = [label_key(name) for name in names]
     for key, entry in zip(image_keys, check_covers(labels, image_keys, num_classes, None), strict=True):
         keys[entry] = key  # the label file's name may have been cut at the first dot
-    _logger.info("%d images have a label each; %d labels belong to none of them", len(files), len(keys) - len(files))
+    _logger.info("%d images have a label each; %d labels belong to none of them", len(names), len(keys) - len(names))
     return keys
 
 

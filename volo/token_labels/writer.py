@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from volo.durable import sync_folder
 from volo.token_labels.store import (
     ENTRY,
     EXIF_MODES,
@@ -191,11 +192,11 @@ class StoreWriter:
         raise ValueError(problem)
 
     def _publish(self) -> None:
-        _sync(self._partial)
+        sync_folder(self._partial)
         if self.path.exists():
             os.rename(self.path, self._replaced)
         os.rename(self._partial, self.path)
-        _sync(self.path.parent)
+        sync_folder(self.path.parent)
         os.close(self._lock)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
@@ -223,15 +224,6 @@ class _HashedFile:
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: the rest of the buffer does not matter any more
             self._file.close()
-
-
-def _sync(folder: Path) -> None:
-    # A rename is on disk only when its folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_header(header: StoreHeader) -> None:

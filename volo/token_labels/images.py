@@ -1,0 +1,41 @@
+"""Images that labels are made or packed for, named on the command line by one path as train.py has root and split."""
+
+import os
+
+from volo.config import DataConfig
+from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
+from volo.data.formats import is_pattern, open_split
+from volo.data.ranges import is_url
+from volo.data.records import ImageRecords, class_names
+
+OPTIONS_HERE = {
+    "data.class_list": "--class_list",
+    "data.train_split": "--images",
+    "data.train_labels": "--labels",
+    "data.root": "--images",
+}
+"""What the options that messages name are called in these programs."""
+
+
+def open_images(path: str, class_list: str, labels_file: str | None = None, cache: str = "auto") -> ImageRecords:
+    """List the images of a folder, a tar archive or shards.
+
+    Args:
+        path: The folder or archive; "train-{000..146}.tar", a folder of shards, a URL.
+        class_list: As ``data.class_list``.
+        labels_file: As ``data.train_labels``.
+        cache: As ``data.cache``.
+
+    Raises:
+        ValueError: No such images, or not of these classes.
+    """
+    if not (is_url(path) or is_pattern(path) or os.path.exists(path)):
+        raise ValueError(f"--images is {path!r}, which is neither a folder nor a tar archive")
+    root, name = os.path.split(path.rstrip("/"))
+    if is_url(path) or not os.path.isdir(root or "."):
+        root, name = "", path
+    split = open_split(DataConfig(root or ".", train_split=name, train_labels=labels_file, cache=cache), "train")
+    classes = class_names(class_list, split)
+    if isinstance(split, FolderSplit) and labels_file is None:
+        return scan_class_folders(path, classes, folder_layout(path, classes), split.manifests, "--labels")
+    return split.records(classes)
