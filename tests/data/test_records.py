@@ -167,12 +167,12 @@ def test_flat_folder(tmp_path, text):
     [
         "image,label\nval 1.JPEG,dog\nval_2.JPEG,cat\ndeep/3.JPEG,sea cow\n",
         'val_2.JPEG,cat,a third column\n"val 1.JPEG", dog\ndeep/3.JPEG,"sea cow"\n',
-        "id,label\ndeep/3.JPEG,2\nval_2.JPEG,0\nval 1.JPEG,1\n",
+        "\ufeffid,label\r\ndeep/3.JPEG,2\r\nval_2.JPEG,0\r\nval 1.JPEG,1\r\n",  # as a spreadsheet saves it
     ],
 )
 def test_labels_in_a_csv_file_of_images_at_any_depth(tmp_path, text):
     touch(tmp_path, "val 1.JPEG", "val_2.JPEG", "deep/3.JPEG", "deep/.hidden/4.JPEG")
-    (tmp_path / "labels.csv").write_text(text)
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
     records = labelled(str(tmp_path), str(tmp_path / "labels.csv"), ("cat", "dog", "sea cow"))
     assert list(zip(records.names, records.labels.tolist(), strict=True)) == [
         ("deep/3.JPEG", 2),

@@ -66,6 +66,35 @@ def test_numbers_are_the_same(make_small, options, batch):
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parts_and_autocast(make_small, precision):
+    """Gradients are those that autograd finds, where some are not asked for, and in the dtypes that it has."""
+    images = torch.randn(3, 3, 32, 48)
+    results = {}
+    for mode in MODES:
+        model = make_small(img_size=(32, 48)).train()
+        model.set_recompute(mode)
+        for name, p in model.named_parameters():
+            p.requires_grad_(
+                not any(part in name for part in ("patch_embed.conv.4", "0.0.norm1", "attn.v.", "fc1.bias"))
+            )
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.eval()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            cls, tokens = model(images)
+        (cls.float().square().mean() + tokens.float().square().mean()).backward()
+        results[mode] = {name: p.grad for name, p in model.named_parameters()}
+    expected = results.pop("none")
+    assert sum(grad is None for grad in expected.values()) > 5
+    for found in results.values():
+        for name, grad in expected.items():
+            assert (found[name] is None) == (grad is None)
+            if grad is not None:
+                # Parts of a sum in bf16 may come in another order.
+                near = {"rtol": 1e-5, "atol": 1e-7} if precision == "fp32" else {"rtol": 0.05, "atol": 1e-3}
+                torch.testing.assert_close(found[name], grad, **near, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_running_statistics_are_updated_once(make_small):
     model = make_small()
     before = {name: b.clone() for name, b in model.named_buffers()}

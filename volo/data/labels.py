@@ -121,7 +121,7 @@ def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.
 def lines_of(path: str) -> list[str]:
     """Return the lines of a text file that hold anything, stripped; ValueError where it is no text."""
     try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
 

@@ -6,6 +6,7 @@ Attribute names are those of the published code: they are the keys of its state_
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from volo.models.outlook_attention import Kernel, outlook_attention
-from volo.models.recompute import Recompute, recomputed
+from volo.models.recompute import Recompute, batch_norm_again, recomputed
 
 
 class PatchEmbed(nn.Module):
@@ -51,19 +52,25 @@ class PatchEmbed(nn.Module):
     def forward_in_training(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
         # Of the first convolution too the input is kept: with 3 channels going in, its output costs the least.
         conv1, norm1, relu1, conv2, norm2, relu2, conv3, norm3, relu3 = self.conv
-        keep = self._keep
-        x = keep(lambda x: conv2(relu1(norm1(conv1(x)))), images, norm1)  # [B, hidden, H/2, W/2]
-        x = keep(lambda x: conv3(relu2(norm2(x))), x, norm2)  # [B, hidden, H/2, W/2]
-        x = keep(lambda x: self.proj(relu3(norm3(x))), x, norm3)  # [B, C, H/p, W/p]
+        layers = self._layers
+        x = layers(conv2, images, lambda x, norm: relu1(norm(conv1(x))), norm1, conv1)  # [B, hidden, H/2, W/2]
+        x = layers(conv3, x, lambda x, norm: relu2(norm(x)), norm2)  # [B, hidden, H/2, W/2]
+        x = layers(self.proj, x, lambda x, norm: relu3(norm(x)), norm3)  # [B, C, H/p, W/p]
         # One copy here (none for channels_last images) spares one in every LayerNorm of the first stage.
         return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
 
-    def _keep(self, function: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module) -> Tensor:
-        """Apply ``function``, in which ``norm`` is the only norm, and keep ``x`` alone for the backward pass."""
+    def _layers(self, layer: nn.Conv2d, x: Tensor, before: Callable, norm: nn.Module, *inside: nn.Module) -> Tensor:
+        """Return ``layer(before(x, norm))``, and keep ``x`` alone for the backward pass."""
         # A SyncBatchNorm would talk to the other processes once more, in the middle of the backward pass.
         if self.recompute == "none" or isinstance(norm, nn.SyncBatchNorm) or torch.compiler.is_compiling():
-            return function(x)
-        return recomputed(function, x, norms=(norm,))
+            return layer(before(x, norm))
+        return recomputed(
+            lambda x: before(x, norm),
+            layer,
+            x,
+            inside=(norm, *inside),
+            again=lambda x: before(x, partial(batch_norm_again, norm)),
+        )
 
 
 class Downsample(nn.Module):
@@ -106,16 +113,17 @@ class OutlookAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.proj_drop(self.mix(self.v(x), self.logits(x)))
+        return self.proj_drop(self.proj(self.mix(self.v(x), self.attn(self.centres(x)))))
 
-    def logits(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+    def centres(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        """Return the mean of the cells around each window's centre, which its weights are made from: [B, h, w, C]."""
         x = x.permute(0, 3, 1, 2)  # [B, C, H, W]
         # ceil_mode: on an odd side the last pool holds fewer cells and is their mean.
-        centres = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
-        return self.attn(centres.permute(0, 2, 3, 1))  # [B, h, w, heads*K^4]
+        x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
+        return x.permute(0, 2, 3, 1)  # [B, h, w, C]
 
     def mix(self, value: Tensor, logits: Tensor) -> Tensor:  # [B, H, W, C], [B, h, w, heads*K^4]
-        x = outlook_attention(
+        return outlook_attention(
             value,
             logits,
             num_heads=self.num_heads,
@@ -125,7 +133,6 @@ class OutlookAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             kernel=self.kernel,
         )  # [B, H, W, C]
-        return self.proj(x)
 
 
 class SelfAttention(nn.Module):
@@ -212,24 +219,29 @@ class Outlooker(Block):
     """Outlook attention and an MLP. The grid is at its largest, so the MLP's first product is made again."""
 
     def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        # The norm is made twice, which costs less than the product that would be made again after a shared one.
-        value = recomputed(lambda x: self.attn.v(self.norm1(x)), x)  # [B, H, W, C]
-        logits = recomputed(lambda x: self.attn.logits(self.norm1(x)), x)  # [B, h, w, heads*K^4]
-        return recomputed(self.attn.mix, value, logits)  # [B, H, W, C]
+        attn = self.attn
+
+        def read(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm1(x)
+            return x, attn.centres(x)  # [B, H, W, C], [B, h, w, C]
+
+        value, logits = recomputed(read, (attn.v, attn.attn), x, inside=(self.norm1,))
+        return recomputed(attn.mix, attn.proj, value, logits)  # [B, H, W, C]
 
     def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return recomputed(lambda x: self.mlp(self.norm2(x)), x)  # [B, H, W, C]
+        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
+        return recomputed(lambda x: act(fc1(self.norm2(x))), fc2, x, inside=(self.norm2, fc1))  # [B, H, W, C]
 
 
 class Transformer(Block):
     """Self-attention and an MLP; no matrix product is made again."""
 
     def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.attn.attend(recomputed(lambda x: self.attn.qkv(self.norm1(x)), x))  # [B, H, W, C]
+        return self.attn.attend(recomputed(self.norm1, self.attn.qkv, x, inside=(self.norm1,)))  # [B, H, W, C]
 
     def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)  # [B, H, W, ratio*C]
-        return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)  # [B, H, W, C]
+        hidden = recomputed(self.norm2, self.mlp.fc1, x, inside=(self.norm2,))  # [B, H, W, ratio*C]
+        return recomputed(self.mlp.act, self.mlp.fc2, hidden)  # [B, H, W, C]
 
 
 class ClassBlock(nn.Module):
