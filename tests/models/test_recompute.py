@@ -95,6 +95,29 @@ def test_frozen_parts_and_autocast(make_small, precision):
                 torch.testing.assert_close(found[name], grad, **near, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_kept_may_be_kept_elsewhere(make_small, mode):
+    """torch.autograd.graph.save_on_cpu and its like give copies back."""
+    model, images = make_small(), torch.randn(2, 3, 32, 32)
+    model.set_recompute(mode)
+    expected = step(model, images)
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        found = step(model, images)
+    for name, value in expected.items():
+        if name.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(found[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_parameter_that_changes_between_the_passes_is_found(make_small):
+    model = make_small().train()
+    total = sum(x.sum() for x in model(torch.randn(2, 3, 32, 32)))
+    with torch.no_grad():
+        model.network[0][0].mlp.fc2.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
 def test_running_statistics_are_updated_once(make_small):
     model = make_small()
     before = {name: b.clone() for name, b in model.named_buffers()}

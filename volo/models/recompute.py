@@ -53,7 +53,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cheap, again, layers, num_inputs, *tensors):
-        ctx.again, ctx.layers, ctx.num_inputs = again, layers, num_inputs
+        ctx.again, ctx.layers, ctx.parameters = again, layers, tensors[num_inputs:]
         ctx.autocast = _autocast_of(tensors[0].device.type)
         ctx.save_for_backward(*tensors)
         return tuple(layer(x) for layer, x in zip(layers, _tuple(cheap(*tensors[:num_inputs])), strict=True))
@@ -61,8 +61,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors[: ctx.num_inputs]]
-        parameters = ctx.saved_tensors[ctx.num_inputs :]
+        # The parameters were saved so that a change in place is found; hooks may make copies of what was saved.
+        saved, parameters = ctx.saved_tensors, ctx.parameters
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved[: len(saved) - len(parameters)]]
         of_layers = {id(p) for layer in ctx.layers for p in layer.parameters()}
         sources = [x for x in (*inputs, *(p for p in parameters if id(p) not in of_layers)) if x.requires_grad]
         with torch.enable_grad(), ctx.autocast:
