@@ -4,6 +4,7 @@
     python scripts/benchmark.py op      one outlook attention layer, with its projections
     python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
     python scripts/benchmark.py train   forward and backward pass of a training step
+    python scripts/benchmark.py profile where the time of ours and timm's goes, by kind of work
     python scripts/benchmark.py memory  bytes kept between forward and backward, an image
     python scripts/benchmark.py growth  time and memory against resolution and batch
     python scripts/benchmark.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +33,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from benchmark_memory import batches, kept_bytes, summed  # noqa: E402
 from benchmark_output import cpu_name, print_table, show_progress  # noqa: E402
+from benchmark_profile import profiled  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -196,6 +199,21 @@ def train(bench: Bench) -> tuple[list[dict], list[str]]:
     return table("forward + backward", seconds), ["ours recomputes what is cheap, as by default (train.recompute)"]
 
 
+def profile(bench: Bench) -> tuple[list[dict], list[str]]:
+    """Milliseconds of each kind of work, eager: in a forward pass of inference, and in both passes of training."""
+    rows = []
+    for what, step in (("forward", run), ("forward + backward", run_back)):
+        networks = {OURS: bench.ours(), TIMM: bench.timm() if step is run else TrainForward(bench.timm())}
+        spent = {}
+        for name, network in networks.items():
+            once = partial(step, bench, network.train(step is run_back), bench.images)
+            once()
+            spent[name] = profiled(once, bench.args.rounds, bench.device.type)
+        for kind in spent[OURS]:
+            rows.append({"what": what, "kind": kind} | {f"{name}, ms": round(spent[name][kind], 1) for name in spent})
+    return rows, ["the profiler itself takes time, which is in these numbers"]
+
+
 def memory(bench: Bench) -> tuple[list[dict], list[str]]:
     """Bytes that autograd keeps between forward and backward, storages counted once, parameters left out."""
     networks = {f"ours, recompute {mode}": bench.ours(recompute=mode) for mode in get_args(Recompute)}
@@ -318,7 +336,7 @@ def table(what: str, seconds: dict[str, list[float]]) -> list[dict]:
     return rows
 
 
-WHAT = {"op": op, "model": model, "train": train, "memory": memory, "growth": growth, "fit": fit}
+WHAT = {"op": op, "model": model, "train": train, "profile": profile, "memory": memory, "growth": growth, "fit": fit}
 
 if __name__ == "__main__":
     main()

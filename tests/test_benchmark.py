@@ -37,6 +37,17 @@ def test_model_at_another_resolution(tmp_path):
     assert rows[0]["GMACs"] == rows[1]["GMACs"] < 6.9 * (64 / 224) ** 2  # 6.8 at 224, attention grows faster
 
 
+def test_profile_tells_the_kinds_of_work_apart(tmp_path):
+    rows = benchmark(tmp_path, "profile", "--rounds", "2", "--img-size", "64")
+    both = {row["kind"]: row for row in rows if row["what"] == "forward + backward"}
+    kinds = ("self-attention", "outlook attention", "convolutions", "linear layers", "norms", "activations")
+    assert all(both[kind]["ours, ms"] > 0 for kind in kinds)
+    # Of operators one does not call the other, so that together they take no longer than the clock says.
+    for who in ("ours, ms", "timm eager, ms"):
+        assert sum(row[who] for kind, row in both.items() if kind != "wall clock") <= both["wall clock"][who]
+    assert both["linear layers"]["ours, ms"] == max(both[kind]["ours, ms"] for kind in kinds)
+
+
 def test_memory_counts_what_each_keeps(tmp_path):
     kept = {row["who"]: row["MB an image"] for row in benchmark(tmp_path, "memory")}
     # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.

@@ -118,6 +118,42 @@ def test_a_parameter_that_changes_between_the_passes_is_found(make_small):
         total.backward()
 
 
+class Adapted(nn.Module):
+    """A layer with something learned beside it, as fine-tuning puts in place of it."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.beside = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+def test_layers_that_were_replaced_get_their_gradients(make_small):
+    results = {}
+    for mode in MODES:
+        torch.manual_seed(1)
+        model = make_small().double()
+        model.set_recompute(mode)
+        for block in model.network[0]:
+            block.attn.v, block.mlp.fc2 = Adapted(block.attn.v).double(), Adapted(block.mlp.fc2).double()
+        results[mode] = step(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    for mode in MODES[1:]:
+        for name, value in results["none"].items():
+            torch.testing.assert_close(results[mode][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_parameters_that_are_swapped_back_before_the_backward_pass_are_told(make_small):
+    model, images = make_small().train(), torch.randn(2, 3, 32, 32)
+    others = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+    total = sum(x.sum() for x in torch.func.functional_call(model, others, (images,)))
+    with pytest.raises(RuntimeError, match=r"others than in the forward pass .*set_recompute\('none'\)"):
+        total.backward()
+    model.set_recompute("none")
+    sum(x.sum() for x in torch.func.functional_call(model, others, (images,))).backward()
+    assert all(p.grad is not None for p in others.values())
+
+
 def test_running_statistics_are_updated_once(make_small):
     model = make_small()
     before = {name: b.clone() for name, b in model.named_buffers()}

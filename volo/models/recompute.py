@@ -41,10 +41,12 @@ def recomputed(
         inside: Modules with parameters that ``cheap`` uses.
         again: Computes what ``cheap`` does, to the bit, but without its side effects, in the backward pass.
     """
-    layers = layers if isinstance(layers, tuple) else (layers,)
-    modules = (*inside, *layers)
-    parameters = [p for module in modules for p in module.parameters()]
-    outputs = _Recomputed.apply(cheap, again or cheap, layers, len(inputs), *inputs, *parameters)
+    layers = _tuple(layers)
+    if all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers):
+        modules = (*inside, *layers)
+        outputs = _Recomputed.apply(cheap, again or cheap, layers, modules, *inputs, *_parameters(modules))
+    else:  # others took their place, such as adapters for fine-tuning: these are autograd's own affair
+        outputs = tuple(layer(x) for layer, x in zip(layers, _tuple(cheap(*inputs)), strict=True))
     return outputs if len(layers) > 1 else outputs[0]
 
 
@@ -52,8 +54,9 @@ class _Recomputed(torch.autograd.Function):
     """Layers behind a function that is computed again; keeps the inputs of the function, and the parameters."""
 
     @staticmethod
-    def forward(ctx, cheap, again, layers, num_inputs, *tensors):
-        ctx.again, ctx.layers, ctx.parameters = again, layers, tensors[num_inputs:]
+    def forward(ctx, cheap, again, layers, modules, *tensors):
+        num_inputs = len(tensors) - len(_parameters(modules))
+        ctx.again, ctx.layers, ctx.modules, ctx.parameters = again, layers, modules, tensors[num_inputs:]
         ctx.autocast = _autocast_of(tensors[0].device.type)
         ctx.save_for_backward(*tensors)
         return tuple(layer(x) for layer, x in zip(layers, _tuple(cheap(*tensors[:num_inputs])), strict=True))
@@ -63,6 +66,11 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, *grads):
         # The parameters were saved so that a change in place is found; hooks may make copies of what was saved.
         saved, parameters = ctx.saved_tensors, ctx.parameters
+        if any(now is not then for now, then in zip(_parameters(ctx.modules), parameters, strict=True)):
+            raise RuntimeError(
+                "the parameters of the network are others than in the forward pass (torch.func.functional_call?): go "
+                "backward where they are the same, or call set_recompute('none')"
+            )
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved[: len(saved) - len(parameters)]]
         of_layers = {id(p) for layer in ctx.layers for p in layer.parameters()}
         sources = [x for x in (*inputs, *(p for p in parameters if id(p) not in of_layers)) if x.requires_grad]
@@ -121,5 +129,9 @@ def batch_norm_again(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
 
 
-def _tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters()]
+
+
+def _tuple(x):
     return x if isinstance(x, tuple) else (x,)

@@ -1,0 +1,46 @@
+"""Where the time of a pass goes, by kind of work: torch.profiler's own time of each operator, put together."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The first kind whose words stand in an operator's name takes it.
+KINDS = {
+    "self-attention": ("attention_for_cpu", "flash_attention", "efficient_attention", "fmha", "scaled_dot_product"),
+    "outlook attention": ("outlook",),
+    "convolutions": ("conv",),
+    "linear layers": ("mm", "linear", "gemm"),
+    "norms": ("norm",),
+    "activations": ("gelu", "relu", "clamp_min", "threshold"),
+    "copies, sums, zeros": ("copy", "add", "cat", "sum", "zero", "fill", "mul", "div", "pool"),
+}
+REST = "everything else"
+
+
+def kind_of(operator: str) -> str:
+    """Return the kind of work that an operator or CUDA kernel does, by its name."""
+    name = operator.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), REST)
+
+
+def profiled(step: Callable[[], object], steps: int, device: str) -> dict[str, float]:
+    """Return the milliseconds of each kind of work in one ``step``, and "wall clock"; mean of ``steps``.
+
+    On CUDA they are those of its kernels; on the CPU each operator's own, without those that it calls.
+    """
+    cuda = device == "cuda"
+    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+    begin = time.perf_counter()
+    with profile(activities=activities) as found:
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+    spent = dict.fromkeys((*KINDS, REST), 0.0)
+    for event in found.key_averages():
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        spent[kind_of(event.key)] += microseconds / 1000 / steps
+    return spent | {"wall clock": 1000 * wall / steps}
