@@ -101,7 +101,9 @@ def prepare_teacher(
 ) -> tuple[Teacher, tuple[int, int]]:
     """Return the teacher on ``device`` and the (rows, cols) of its map of an input of the size asked for."""
     if options.top_k > len(classes):
-        raise ValueError(f"--top_k is {options.top_k}, and there are {len(classes)} classes")
+        raise ValueError(
+            f"--top_k is {options.top_k}, and there are {len(classes)} classes: give --top_k {len(classes)} or less"
+        )
     auto_ema = options.weights == "auto" and (file or {}).get("evaluated_weights") == "ema"
     teacher = make_teacher(
         options.teacher,
