@@ -204,13 +204,13 @@ def profile(bench: Bench) -> tuple[list[dict], list[str]]:
     rows = []
     for what, step in (("forward", run), ("forward + backward", run_back)):
         networks = {OURS: bench.ours(), TIMM: bench.timm() if step is run else TrainForward(bench.timm())}
-        spent = {}
-        for name, network in networks.items():
-            once = partial(step, bench, network.train(step is run_back), bench.images)
-            once()
-            spent[name] = profiled(once, bench.args.rounds, bench.device.type)
-        for kind in spent[OURS]:
-            rows.append({"what": what, "kind": kind} | {f"{name}, ms": round(spent[name][kind], 1) for name in spent})
+        once = {name: partial(step, bench, m.train(step is run_back), bench.images) for name, m in networks.items()}
+        for first in once.values():
+            first()
+        spent = [{who: profiled(one, bench.device.type) for who, one in once.items()} for _ in range(bench.args.rounds)]
+        for kind in spent[0][OURS]:
+            median = {f"{who}, ms": statistics.median(found[who][kind] for found in spent) for who in once}
+            rows.append({"what": what, "kind": kind} | {who: round(ms, 1) for who, ms in median.items()})
     return rows, ["the profiler itself takes time, which is in these numbers"]
 
 

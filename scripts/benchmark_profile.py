@@ -25,22 +25,19 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), REST)
 
 
-def profiled(step: Callable[[], object], steps: int, device: str) -> dict[str, float]:
-    """Return the milliseconds of each kind of work in one ``step``, and "wall clock"; mean of ``steps``.
+def profiled(step: Callable[[], object], device: str) -> dict[str, float]:
+    """Return the milliseconds of each kind of work in one ``step``, and "wall clock".
 
     On CUDA they are those of its kernels; on the CPU each operator's own, without those that it calls.
     """
     cuda = device == "cuda"
-    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
-    begin = time.perf_counter()
-    with profile(activities=activities) as found:
-        for _ in range(steps):
-            step()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        begin = time.perf_counter()
+        step()
         if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - begin
     spent = dict.fromkeys((*KINDS, REST), 0.0)
     for event in found.key_averages():
-        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        spent[kind_of(event.key)] += microseconds / 1000 / steps
-    return spent | {"wall clock": 1000 * wall / steps}
+        spent[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
+    return spent | {"wall clock": 1000 * wall}

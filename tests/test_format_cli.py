@@ -103,7 +103,7 @@ def outcome(run: Path) -> tuple[dict, list[dict]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2), ("official", 2), ("flat", 1)]
+    ("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2), ("official", 2), ("flat", 2)]
 )
 def test_a_stopped_run_on_any_format_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
     words = ("--config", recipe(tmp_path, images, **archives[name]))

@@ -129,6 +129,11 @@ def test_the_images_a_run_goes_on_with(caplog):
     with caplog.at_level(logging.WARNING, "volo"):
         check_same_images(state, splits(95), batch_size=32)  # two steps an epoch, as before
     assert "on 80 training images, and 95 are there now" in caplog.records[0].getMessage()
+    caplog.clear()
+    for digest, told in ((splits(80).train.labels_digest(), 0), ("of other labels", 1)):
+        with caplog.at_level(logging.WARNING, "volo"):
+            check_same_images(state | {"train_labels": digest}, splits(80), batch_size=32)
+        assert ["have other labels than before" in r.getMessage() for r in caplog.records] == [True] * told
     for images in (63, 96):
         with pytest.raises(ValueError, match=f"{images} are there now.*another number of steps"):
             check_same_images(state, splits(images), batch_size=32)

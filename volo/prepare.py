@@ -300,6 +300,8 @@ def check_same_images(state: dict, splits: Splits, batch_size: int) -> None:
                 "(another train.name) from these weights (model.checkpoint)"
             )
         _logger.warning("%s: the run goes on, in another order than it would have taken", told)
+    elif state.get("train_labels") not in (None, splits.train.labels_digest()):
+        _logger.warning("resuming with a change: some of the training images have other labels than before")
 
 
 def _ends(classes: Sequence[str]) -> str:

@@ -283,6 +283,7 @@ class Trainer:
             "arch": config.model.name,
             "classes": list(self.splits.classes),
             "train_images": len(self.splits.train),
+            "train_labels": self.splits.train.labels_digest(),
             **self.learner.state_dict(),
             "progress": progress.state_dict(),
             "rng": {"seed": config.train.seed},

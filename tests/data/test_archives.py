@@ -207,6 +207,7 @@ def test_names_that_look_like_patterns(tmp_path, name):
     both = ["a/0.jpg", "a/1.jpg"]
     assert found(tmp_path, name) == both and found(tmp_path, f"{name}.tar") == ["a/2.jpg"]
     assert found(tmp_path / name, "train-*.tar") == found(tmp_path / name, "train-{0..1}.tar") == both
+    assert found(tmp_path, f"{name}/train-*.tar") == found(tmp_path, f"{tmp_path}/{name}/train-?.tar") == both
     assert found(tmp_path / name, ".") == both and found(tmp_path / name, "train-1.tar") == ["a/1.jpg"]
 
 

@@ -45,7 +45,7 @@ def test_folders_are_listed_as_torchvision_lists_them(tmp_path):
         reference
     )
     assert list(records.names) == sorted(records.names) and records.labels.dtype == np.int64
-    assert records.ignored == 2 and len(records) == 6 and records.classes == classes
+    assert records.ignored == 3 and len(records) == 6 and records.classes == classes
 
 
 def test_numbered_folders_follow_their_number(tmp_path):
@@ -166,7 +166,7 @@ def test_flat_folder(tmp_path, text):
     "text",
     [
         "image,label\nval 1.JPEG,dog\nval_2.JPEG,cat\ndeep/3.JPEG,sea cow\n",
-        'val_2.JPEG,cat,a third column\n"val 1.JPEG", dog\ndeep/3.JPEG,"sea cow"\n',
+        'val_2.JPEG,cat,a third column\n"val 1.JPEG", "dog"\ndeep/3.JPEG,"sea cow"\n',
         "\ufeffid,label\r\ndeep/3.JPEG,2\r\nval_2.JPEG,0\r\nval 1.JPEG,1\r\n",  # as a spreadsheet saves it
     ],
 )
@@ -190,6 +190,8 @@ def test_labels_in_a_csv_file_of_images_at_any_depth(tmp_path, text):
         ("val_1.JPEG,cat\nval_2.JPEG,\n", "without a label or file: val_2.JPEG"),
         ("val_1.JPEG,cat\nval_2.JPEG,dog\nval_1.JPEG,dog\n", "several lines: val_1.JPEG"),
         ("", "images without a line: val_1.JPEG, val_2.JPEG"),
+        ("val_1.JPEG;cat\nval_2.JPEG;dog\n", 'file: val_1.JPEG;cat.*Lines are to be "file-name,label"'),
+        ('val_1.JPEG,cat\nval_2.JPEG,"dog\n', "labels.csv is no table of comma-separated values"),
     ],
 )
 def test_csv_errors(tmp_path, text, message):
@@ -214,7 +216,7 @@ def test_a_flat_training_folder_takes_its_classes_from_its_labels(tmp_path, labe
     assert list(found.names) == FLAT and [classes[i] for i in found.labels] == list(labels)
     val = open_split(data, "val").records(classes)
     assert [f"{classes[label]}/x.png" for label in val.labels] == list(val.names)
-    with pytest.raises(ValueError, match="holds no class; .*data.train_labels"):
+    with pytest.raises(ValueError, match="3 images .* outside any class folder.*data.train_labels"):
         class_names("folders", open_split(dataclasses.replace(data, train_labels=None), "train"))
 
 
@@ -244,6 +246,9 @@ def test_flat_folder_labels_that_are_names_and_numbers(tmp_path):
         ("1\n2\n3\n", "indices below 3: 3.*start at 1"),
         ("cat\n1\ndog\n", "neither class names .*: 1"),
         ("val_1.JPEG cat\nval_2.JPEG dog\n", "images without a line: val_3.JPEG"),
+        ("d/val_1.JPEG cat\nd/val_2.JPEG dog\nd/val_3.JPEG cat\n", "d/val_1.JPEG.*below .*, such as 'val_1.JPEG'"),
+        ("val_1.jpeg,cat\nval_2.jpeg,dog\nval_3.jpeg,cat\n", "without a label or file: val_1.jpeg,cat.*no space in"),
+        ("my val_1.JPEG cat\nmy val_2.JPEG dog\nmy val_3.JPEG cat\n", "without a label or file: my, my, my"),
         ("val_1.JPEG cat\nval_2.JPEG dog\nval_3.JPEG\n", "lines without a label or file: val_3.JPEG"),
         ("val_1.JPEG cat\nval_2.JPEG dog\nval_3.JPEG cat\nval_4.JPEG cat\n", "lines .*: val_4.JPEG"),
         ("val_1.JPEG cat\nval_2.JPEG dog\nval_3.JPEG cat\nval_1.JPEG dog\n", "several lines: val_1.JPEG"),

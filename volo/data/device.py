@@ -26,7 +26,7 @@ def normalise_and_erase(
     seed. Bytes travel rather than floats, and nothing here waits for the device.
 
     Args:
-        batch: The batch; in pinned memory it is copied while the device computes.
+        batch: The batch; in pinned memory it is copied while the host goes on.
         device: Where to.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].

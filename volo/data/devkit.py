@@ -34,7 +34,7 @@ def validation_synsets(names: Iterable[str], devkit: str) -> list[str]:
         if not found or not 1 <= int(found[1]) <= len(truth):
             raise ValueError(
                 f"{devkit} has labels of ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG, and "
-                f"there is an image {name}, which takes a labels file"
+                f"there is an image {name}, which takes a labels file (data.train_labels, data.val_labels)"
             )
         synsets.append(truth[int(found[1]) - 1])
     return synsets

@@ -36,10 +36,15 @@ class FolderSplit(Split):
     def found_classes(self) -> list[str]:
         folders = _subfolders(self.place)
         labels_file = self.labels.file_for(bool(folders))
+        if labels_file is None:
+            _loose_files(self.place, self.labels.name)
         return sorted(set(self._labelled(labels_file).texts)) if labels_file else folders
 
+    def has_class_folders(self) -> bool:
+        return bool(_subfolders(self.place))
+
     def records(self, classes: tuple[str, ...]) -> ImageRecords:
-        labels_file = self.labels.file_for(bool(_subfolders(self.place)))
+        labels_file = self.labels.file_for(self.has_class_folders())
         if labels_file is None:
             return scan_class_folders(self.place, classes, manifests=self.manifests, labels_option=self.labels.name)
         found, self._found = self._labelled(labels_file), None
@@ -84,12 +89,7 @@ def scan_class_folders(
         ValueError: No such folder, a folder that is no class, an image outside the class folders, or no image.
     """
     folders = sorted(_subfolders(directory), key=_before_its_files)
-    loose = [name for name in _visible_files(directory) if has_image_suffix(name)]
-    if loose:
-        raise ValueError(
-            f"{len(loose)} images of {directory} lie outside any class folder: {some(loose)}. Move them into the "
-            f"folder of their class, or give {labels_option}, a file of their labels"
-        )
+    loose = _loose_files(directory, labels_option)
     if layout == "names":
         index_of = {name: index for index, name in enumerate(classes)}
         expected = f"{classes[0]!r} ... {classes[-1]!r}"
@@ -103,7 +103,7 @@ def scan_class_folders(
 
     listing = _listing(directory, folders, manifests)
     names = PackedNames(listing["names"], listing["name_ends"])
-    ignored = int(listing["ignored"])
+    ignored = int(listing["ignored"]) + loose
     _require_images(directory, len(names), ignored, PackedNames(listing["strays"], listing["stray_ends"]))
     labels = np.repeat(np.array([index_of[name] for name in folders], dtype=np.int64), listing["counts"])
     return ImageRecords(FolderSource(directory, names), labels, classes, ignored)
@@ -256,5 +256,14 @@ def _subfolders(directory: str) -> list[str]:
     return [e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith(".")]
 
 
-def _visible_files(directory: str) -> list[str]:
-    return sorted(e.name for e in os.scandir(directory) if not e.is_dir() and not e.name.startswith("."))
+def _loose_files(directory: str, labels_option: str) -> int:
+    """Return how many files beside the class folders are hidden images, or no images; ValueError for other images."""
+    names = sorted(entry.name for entry in os.scandir(directory) if not entry.is_dir())
+    hidden = sum(name.startswith(".") and has_image_suffix(name) for name in names)
+    visible = [name for name in names if not name.startswith(".")]
+    if images := [name for name in visible if has_image_suffix(name)]:
+        raise ValueError(
+            f"{len(images)} images of {directory} lie outside any class folder: {some(images)}. Move them into the "
+            f"folder of their class, or give {labels_option}, a file of their labels"
+        )
+    return hidden + len(visible)

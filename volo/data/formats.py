@@ -102,11 +102,15 @@ def _local_archives(root: str, split: str) -> list[str]:
         return [path]
     if official := _official(root, split):
         return [official]
+    folder, rest = root, split
+    while "/" in rest and os.path.isdir(os.path.join(folder, rest.partition("/")[0] or "/")):
+        first, _, rest = rest.partition("/")
+        folder = os.path.join(folder, first or "/")
     found = []
-    for one in _braces(split):
-        path = os.path.join(root, one)
-        escaped = os.path.join(glob.escape(root), one)  # only the split is a pattern
-        found += [path] if os.path.exists(path) or not is_pattern(one) else sorted(glob.glob(escaped))
+    for one in _braces(rest):
+        path = os.path.join(folder, one)
+        pattern = os.path.join(glob.escape(folder), one)  # a folder that is there is none
+        found += [path] if os.path.exists(path) or not is_pattern(one) else sorted(glob.glob(pattern))
     return found
 
 

@@ -2,13 +2,17 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from volo.data.decode import SUFFIX_FORMATS
 from volo.data.devkit import is_devkit, validation_synsets
+
+_NAMES_AN_IMAGE = re.compile(rf"({'|'.join(map(re.escape, SUFFIX_FORMATS))})(\W|$)", re.IGNORECASE)
 
 
 class LabelsOption(NamedTuple):
@@ -54,12 +58,18 @@ def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]
     known = set(names)
     lines = lines_of(labels_file)
     if labels_file.lower().endswith(".csv"):
-        rows = [[cell.strip() for cell in row[:2]] for row in csv.reader(lines)]
+        try:
+            table = list(csv.reader(lines, skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{labels_file} is no table of comma-separated values ({error})") from error
+        rows = [[cell.strip() for cell in row[:2]] for row in table]
+        form = '"file-name,label"'
         if rows and rows[0][0] not in known and not os.path.splitext(rows[0][0])[1]:
             rows = rows[1:]
     else:
         rows = [line.split(maxsplit=1) for line in lines]
-        if not any(row[0] in known for row in rows):
+        form = '"file-name label", with no space in the name (a .csv file may have them)'
+        if not any(row[0] in known for row in rows) and not any(map(_NAMES_AN_IMAGE.search, lines)):
             if len(lines) != len(names):
                 raise ValueError(
                     f"{labels_file} has {len(lines)} labels, but {place} has {len(names)} images; give one label an "
@@ -76,7 +86,10 @@ def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]
             "files with several lines": [] if stray or missing else repeated([row[0] for row in rows]),
         }
         told = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
-        raise ValueError(f"{labels_file} does not match {place}: {told}")
+        raise ValueError(
+            f"{labels_file} does not match {place}: {told}. Lines are to be {form}; names are as they are below {place}"
+            + (f", such as {names[0]!r}" if names else "")
+        )
     return [label_of[name] for name in names]
 
 
@@ -123,7 +136,7 @@ def lines_of(path: str) -> list[str]:
     try:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
 
 
 def is_number(text: str) -> bool:

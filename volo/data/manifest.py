@@ -27,7 +27,7 @@ _logger = logging.getLogger("volo")
 
 Arrays = dict[str, np.ndarray]
 
-VERSION = 1
+VERSION = 2
 # What changes a file system's clock may not tell apart: the times of ext3, of some NFS servers.
 _TICK_SECONDS = 2
 _UNUSED_SECONDS = 30 * 24 * 3600  # after which the manifest of another state of a place is removed

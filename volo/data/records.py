@@ -4,6 +4,7 @@ C is the number of classes, N the number of images. Classes are matched by name,
 is not in the class list is an error, because a silent remap turns a good model into a bad number.
 """
 
+import hashlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
@@ -51,6 +52,10 @@ class ImageRecords:
     def read(self, index: int) -> bytes:
         """Return the content of an image's file; UnreadableImage where it is not there, or cannot be read."""
         return self.source.read(index)
+
+    def labels_digest(self) -> str:
+        """Return what tells these labels, in this order, from others: 16 hexadecimal digits."""
+        return hashlib.sha256(np.ascontiguousarray(self.labels, dtype="<i8")).hexdigest()[:16]
 
     def location(self, index: int) -> str:
         """Return where a user finds the file, for messages."""

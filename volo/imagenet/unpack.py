@@ -78,7 +78,9 @@ def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, whol
     if len(set(paths)) != len(paths):
         raise ValueError(f"images of {whole.name} have the same name; they cannot lie in one folder")
     with ThreadPoolExecutor(_THREADS) as pool:  # one after the other would wait for the disk each time
-        list(pool.map(_write, paths, map(records.read, indices.tolist())))
+        for begin in range(0, len(paths), 4 * _THREADS):  # their contents are held at once
+            some = slice(begin, begin + 4 * _THREADS)
+            list(pool.map(_write, paths[some], map(records.read, indices[some].tolist())))
     sync_folder(partial)
     os.replace(partial, whole)
     sync_folder(whole.parent)

@@ -29,6 +29,7 @@ def open_images(path: str, class_list: str, labels_file: str | None = None, cach
     Raises:
         ValueError: No such images, or not of these classes.
     """
+    path = path.removeprefix("file://")
     if not (is_url(path) or is_pattern(path) or os.path.exists(path)):
         raise ValueError(f"--images is {path!r}, which is neither a folder nor a tar archive")
     root, name = os.path.split(path.rstrip("/"))
@@ -36,6 +37,6 @@ def open_images(path: str, class_list: str, labels_file: str | None = None, cach
         root, name = "", path
     split = open_split(DataConfig(root or ".", train_split=name, train_labels=labels_file, cache=cache), "train")
     classes = class_names(class_list, split)
-    if isinstance(split, FolderSplit) and labels_file is None:
+    if isinstance(split, FolderSplit) and labels_file is None and split.has_class_folders():
         return scan_class_folders(path, classes, folder_layout(path, classes), split.manifests, "--labels")
     return split.records(classes)

@@ -9,13 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from volo.data.records import class_names, imagenet_classes
+from volo.data.records import class_names, has_image_suffix, imagenet_classes
 from volo.data.source import PackedNames
 from volo.program import DONE, checking_usage, with_options_of
 from volo.reporting import Progress, setup_logging
 from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import check_covers
-from volo.token_labels.published import PublishedLabels
+from volo.token_labels.published import PublishedLabels, files_below
 from volo.token_labels.store import label_key
 from volo.token_labels.writer import StoreWriter
 
@@ -110,7 +110,13 @@ def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tu
 
 
 def image_names(options: Options) -> PackedNames:
-    """Return the names of the images; ValueError, in the words of our options, where there are none."""
+    """Return the names of the images; ValueError, in the words of our options, where there are none.
+
+    Those in a folder are taken as they are, whatever their classes; archives may need these to tell the names.
+    """
+    folder = Path(options.images)
+    if folder.is_dir() and (names := sorted(name for name in files_below(folder) if has_image_suffix(name))):
+        return PackedNames.of(names)
     class_list = options.class_list or ("imagenet" if options.num_classes is None else "folders")
     try:
         return open_images(options.images, class_list, options.labels, options.cache).names
