@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from volo.config import AugmentConfig
+from volo.data import reading
 from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import TrainImages
 from volo.data.decode import UnreadableImage
@@ -139,6 +140,37 @@ def test_evaluation_goes_on_with_others(records):
         if len(seen) == 4:
             kill(worker_processes(loader)[1])
     assert seen == list(range(23))
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_never_comes_up_is_replaced(records, monkeypatch, caplog, workers, on_error):
+    """Forked while another thread holds a lock, a process may wait for it for ever: it has read nothing yet."""
+    start, first = reading._start_worker, multiprocessing.get_context("fork").Value("b", 1)
+
+    def hang_once(pids, worker: int) -> None:
+        if worker == workers - 1 and first.value:
+            first.value = 0
+            signal.pause()
+        start(pids, worker)
+
+    monkeypatch.setattr(reading, "_start_worker", hang_once)
+    monkeypatch.setattr(reading, "_START_SECONDS", 2)
+    options = dict(batch_size=2, workers=workers, on_error=on_error)
+    loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), **options)
+    with caplog.at_level(logging.ERROR, "volo"):
+        assert [i for batch in loader for i in batch.indices.tolist()] == list(range(23))
+    (told,) = caplog.records
+    assert "hangs since it was started; others take over, and nothing is lost" in told.getMessage()
+
+
+def test_workers_that_never_come_up_end_the_run(records, monkeypatch):
+    monkeypatch.setattr(reading, "_start_worker", lambda pids, worker: signal.pause())
+    monkeypatch.setattr(reading, "_START_SECONDS", 1)
+    loader = train_loader(records, TRANSFORM, seed=0, global_batch=5, workers=2)
+    with pytest.raises(WorkerFailed, match="hangs since it was started .3 times in a row"):
+        next(loader.epoch(0))
+    assert loader.lost_workers == 3
 
 
 def test_workers_that_die_over_the_same_batch_again_and_again(records, monkeypatch):

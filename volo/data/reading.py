@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
@@ -22,6 +23,7 @@ from volo.data.decode import UnreadableImage
 
 PREFETCHED_BATCHES = 2  # a worker
 _GRACE_SECONDS = 60
+_START_SECONDS = 60  # a process that has not come up by then never will
 _POLL_SECONDS = 1  # between two looks at the workers while a batch is waited for
 _LOSSES = 3  # how many sets of workers may die over one batch
 _IDLE = -1
@@ -37,6 +39,14 @@ class WorkerDied(WorkerFailed):
     """A process that reads images is gone."""
 
 
+class WorkerNotStarted(WorkerDied):
+    """A process that was to read images hangs before its first one.
+
+    A fork copies locks as they are, and not the threads that hold them: a process that was forked in a bad moment (of
+    a thread of NCCL or Gloo, say) may wait for such a lock for ever. Nothing was lost, and the next one comes up.
+    """
+
+
 class BatchReader:
     """Batches by number. Those that follow are read ahead, so they are best asked for one after the other.
 
@@ -49,7 +59,8 @@ class BatchReader:
         workers: Processes that read; 0 reads in this one.
         pin_memory: Put batches into page-locked memory (for CUDA).
         timeout_seconds: Longest wait for one batch, where there are workers; 0 for no limit.
-        replace_workers: Where a worker dies, start others at the batch that is due; else that is an error.
+        replace_workers: Where a worker dies, start others at the batch that is due; else that is an error. Those that
+            never came up are replaced in any case.
     """
 
     def __init__(
@@ -87,7 +98,8 @@ class BatchReader:
             except Exception as error:
                 self._pass.abandon()
                 self.close()
-                if not isinstance(error, WorkerDied) or not self._replace_workers:
+                harmless = WorkerDied if self._replace_workers else WorkerNotStarted
+                if not isinstance(error, harmless):
                     raise
                 self.lost_workers += 1
                 if losses == _LOSSES:
@@ -116,9 +128,9 @@ class _Pass:
         context = type(multiprocessing.get_context(method))()  # one of our own
         context.Event = lambda: _Flag(context)
         self._at = context.RawArray("q", [_IDLE] * workers)  # the image that each worker is reading
-        self._pids = context.RawArray("q", [0] * workers)  # and who that is: children are listed in no order
+        self._pids = context.RawArray("q", [0] * workers)  # and who that is, once it is up
         loader = DataLoader(
-            _Watched(dataset, self._at, self._pids),
+            _Watched(dataset, self._at),
             batch_sampler=keys,
             collate_fn=collate,
             num_workers=workers,
@@ -126,7 +138,7 @@ class _Pass:
             timeout=_POLL_SECONDS if workers else 0,
             # Else each pass would draw a seed for the workers from the global generator, which is the run's.
             generator=torch.Generator(),
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=partial(_start_worker, self._pids) if workers else None,
             multiprocessing_context=context if workers else None,
             prefetch_factor=PREFETCHED_BATCHES if workers else None,
         )
@@ -169,6 +181,9 @@ class _Pass:
             return error
         if not all(thread.is_alive() for thread in self._threads):
             return RuntimeError("the thread that takes batches from the reading processes failed (see above)")
+        hanging = [worker.pid for worker in self._workers if worker.pid not in self._pids[:]]
+        if hanging and waited >= _START_SECONDS:
+            return WorkerNotStarted(f"process {hanging[0]}, which is to read images, hangs since it was started")
         if self._timeout_seconds and waited >= self._timeout_seconds:
             busy = [f"process {w.pid}{place}" for w in self._workers if (place := self._place(w.pid))]
             told = "; ".join(busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
@@ -215,14 +230,13 @@ class _Flag:
 class _Watched(Dataset):
     """A data set that notes which image each worker is reading, for the message where it does not come back."""
 
-    def __init__(self, dataset: TrainImages | EvalImages, at, pids):
-        self.dataset, self.at, self.pids = dataset, at, pids
+    def __init__(self, dataset: TrainImages | EvalImages, at):
+        self.dataset, self.at = dataset, at
 
     def __getitem__(self, key):
         info = get_worker_info()
         if info is None:
             return self.dataset[key]
-        self.pids[info.id] = os.getpid()
         self.at[info.id] = key[1] if isinstance(key, tuple) else key
         sample = self.dataset[key]
         self.at[info.id] = _IDLE
@@ -241,12 +255,13 @@ def _obituary(pid: int, exit_code: int, place: str) -> str:
     return f"process {pid}, which reads images, was ended by {name}{place}{why}"
 
 
-def _start_worker(worker: int) -> None:
-    """Keep a worker alive through the signals that ask the run to stop.
+def _start_worker(pids, worker: int) -> None:
+    """Note that a worker is up, and keep it alive through the signals that ask the run to stop.
 
     Ctrl-C and many schedulers signal every process of a run at once. The main process finishes its step and saves;
     for that it needs batches a little longer.
     """
+    pids[worker] = os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
