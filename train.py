@@ -10,7 +10,7 @@ if __name__ == "__main__":
     config, _ = parse(parser, sys.argv[1:])
 
     # What takes seconds to import comes after the options are known to be right.
-    from volo.program import finish
-    from volo.run import run_training
+    from volo.runtime.program import finish
+    from volo.training import run_training
 
     finish(lambda: run_training(config))

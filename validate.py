@@ -21,8 +21,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=str, default=None, help="Folder for results.json and results.csv.")
     config, values = parse(parser, sys.argv[1:])
 
-    from volo.program import finish
-    from volo.validate import Options, run_validation
+    from volo.runtime.program import finish
+    from volo.validation import Options, run_validation
 
     options = Options(**{**values, "v2": tuple(values["v2"])})
     finish(lambda: run_validation(config, options))

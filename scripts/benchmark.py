@@ -40,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from volo.models import create_model, list_models  # noqa: E402
 from volo.models.blocks import OutlookAttention  # noqa: E402
-from volo.models.recompute import Recompute  # noqa: E402
-from volo.published import all_published  # noqa: E402
+from volo.models.checkpointing import Recompute  # noqa: E402
+from volo.published_results import all_published  # noqa: E402
 
 OURS, OURS_COMPILED, TIMM, TIMM_COMPILED = "ours", "ours compiled", "timm eager", "timm compiled"
 VIT, PRODUCTS = "ViT-S (timm)", "products alone"

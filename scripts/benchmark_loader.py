@@ -29,14 +29,14 @@ from benchmark_output import cpu_name, print_table, show_progress
 from timm.data import ImageDataset, create_loader
 
 from volo.config import AugmentConfig
-from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import EvalImages, TrainImages, collate
-from volo.data.decode import read_image, read_pixels
 from volo.data.loader import train_loader
-from volo.data.records import ImageRecords, has_image_suffix
-from volo.data.source import FolderSource, PackedNames
-from volo.rng import generator, torch_seed
-from volo.token_labels.reference import warp
+from volo.data.pixels.decode import read_image, read_pixels
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
+from volo.data.sources.base import FolderSource, PackedNames
+from volo.data.sources.records import ImageRecords, has_image_suffix
+from volo.runtime.rng import generator, torch_seed
+from volo.token_labels.published import warp
 from volo.token_labels.source import LabelSource
 from volo.token_labels.store import TokenLabelMap, label_key
 from volo.token_labels.writer import StoreWriter

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from volo.cli import RecipeParser
-from volo.token_labels.generate_options import GenerateOptions
+from volo.token_labels.generation.options import GenerateOptions
 
 
 def parse(words: list[str]) -> GenerateOptions:
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     options = parse(sys.argv[1:])
 
     # What takes seconds to import comes after the options are known to be right.
-    from volo.program import finish
-    from volo.token_labels.generate import run_generation
+    from volo.runtime.program import finish
+    from volo.token_labels.generation.run import run_generation
 
     finish(lambda: run_generation(options))

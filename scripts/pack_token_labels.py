@@ -51,7 +51,7 @@ if __name__ == "__main__":
     values = vars(parse(sys.argv[1:]))
 
     # What takes seconds to import comes after the options are known to be right.
-    from volo.program import finish
+    from volo.runtime.program import finish
     from volo.token_labels.pack import Options, run_packing
 
     options = Options(**{**values, "overwrite": values["overwrite"] == "true"})

@@ -87,14 +87,14 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(values: argparse.Namespace) -> int:
     # What takes seconds to import comes after the options are known to be right.
-    from volo.distributed import worker_count
-    from volo.imagenet.index import run_index
-    from volo.imagenet.official import Source
-    from volo.imagenet.shard import ShardOptions, run_shard
-    from volo.imagenet.unpack import run_unpack
-    from volo.imagenet.verify import run_verify
-    from volo.program import STOPPED, checking_usage
+    from volo.prepare_imagenet.index import run_index
+    from volo.prepare_imagenet.official import Source
+    from volo.prepare_imagenet.shard import ShardOptions, run_shard
+    from volo.prepare_imagenet.unpack import run_unpack
+    from volo.prepare_imagenet.verify import run_verify
     from volo.reporting import setup_logging
+    from volo.runtime.distributed import worker_count
+    from volo.runtime.program import STOPPED, checking_usage
 
     setup_logging(None)
     try:
@@ -116,6 +116,6 @@ def main(values: argparse.Namespace) -> int:
 if __name__ == "__main__":
     options = parse(sys.argv[1:])
 
-    from volo.program import finish
+    from volo.runtime.program import finish
 
     finish(lambda: main(options))

@@ -23,11 +23,11 @@ def main() -> None:
 
     import torch
 
-    from volo.distributed import World
-    from volo.prepare import BatchPlan, load_splits, make_train_loader, open_token_labels
-    from volo.program import DONE, UsageError, checking_usage, finish
-    from volo.show import batch_picture
-    from volo.step import Learner
+    from volo.build import BatchPlan, load_splits, make_train_loader, open_token_labels
+    from volo.engine.learner import Learner
+    from volo.engine.preview import batch_picture
+    from volo.runtime.distributed import World
+    from volo.runtime.program import DONE, UsageError, checking_usage, finish
 
     def body() -> int:
         world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -277,8 +277,8 @@ def _serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
-    import volo.run
-    import volo.validate  # noqa: F401
+    import volo.training
+    import volo.validation  # noqa: F401
 
     gc.freeze()  # else each child would look through, and so copy, all that was imported
     for line in sys.stdin:

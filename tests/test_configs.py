@@ -11,7 +11,7 @@ import pytest
 from volo.cli import build_parser, parse
 from volo.config import _NOT_ARCHITECTURE, ModelConfig
 from volo.models.architecture import Architecture, get_architecture
-from volo.published import all_published
+from volo.published_results import all_published
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

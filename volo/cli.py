@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from volo.config import Config
-from volo.exit_codes import USAGE, leave_for_launcher
+from volo.runtime.exit_codes import USAGE, leave_for_launcher
 
 
 class RecipeParser(ArgumentParser):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from volo.config import AugmentConfig
-from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import Batch, TrainImages
-from volo.data.decode import Note, UnreadableImage, read_image
-from volo.data.folders import scan_class_folders
 from volo.data.loader import EpochBatches, eval_loader, train_loader
-from volo.rng import generator, torch_seed
+from volo.data.pixels.decode import Note, UnreadableImage, read_image
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
+from volo.data.sources.folders import scan_class_folders
+from volo.runtime.rng import generator, torch_seed
 
 SETTINGS = settings(max_examples=80, deadline=None)
 

@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from volo.config import AugmentConfig
-from volo.data import pixels
-from volo.data.archives import ArchiveSource
-from volo.data.augment import Plan, TrainTransform
-from volo.data.crop import ResizedCrop
-from volo.data.pixels import Pixels, reused
-from volo.data.rand_augment import Op
-from volo.data.ranges import RangeReader
-from volo.data.records import ImageRecords
-from volo.data.source import FolderSource, PackedNames, Source
+from volo.data.pixels import render as pixels
+from volo.data.pixels.crop import ResizedCrop
+from volo.data.pixels.rand_augment import Op
+from volo.data.pixels.render import Pixels, reused
+from volo.data.pixels.transforms import Plan, TrainTransform
+from volo.data.sources.archives import ArchiveSource
+from volo.data.sources.base import FolderSource, PackedNames, Source
+from volo.data.sources.ranges import RangeReader
+from volo.data.sources.records import ImageRecords
 
 IMAGES = 200_000
 

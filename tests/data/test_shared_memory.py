@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from volo.build import BatchPlan, require_shared_memory
 from volo.data import shared_memory
-from volo.data.records import ImageRecords
 from volo.data.shared_memory import ReadAhead, lacking_room
-from volo.data.source import FolderSource, PackedNames
-from volo.prepare import BatchPlan, require_shared_memory
+from volo.data.sources.base import FolderSource, PackedNames
+from volo.data.sources.records import ImageRecords
 
 MB = 10**6
 

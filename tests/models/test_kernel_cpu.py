@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_group
 
-from volo import compiled
 from volo.models import outlook_attention
 from volo.models.kernels import cpu
+from volo.runtime import native as compiled
 
 ROOT = Path(__file__).parents[2]
 reference = functools.partial(outlook_attention, kernel="reference")

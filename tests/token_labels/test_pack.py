@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from volo.data.records import imagenet_classes
-from volo.program import UsageError
+from volo.data.sources.records import imagenet_classes
+from volo.runtime.program import UsageError
 from volo.token_labels.opening import open_labels
 from volo.token_labels.pack import Options, run_packing
 from volo.token_labels.store import TokenLabelStore

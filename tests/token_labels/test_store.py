@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from volo.token_labels import store, writer
 from volo.token_labels.opening import check_covers, check_orientation, open_labels
-from volo.token_labels.published import PublishedLabels, sample
+from volo.token_labels.pt_folder import PublishedLabels, sample
 from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
 from volo.token_labels.writer import StoreWriter
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volo.losses import TokenLabelLoss
-from volo.token_labels.geometry import TokenCells
+from volo.token_labels.aligned import TokenCells
 from volo.token_labels.targets import TokenLabelBatch, token_targets
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from volo.data.augment import EvalTransform, TrainTransform
-from volo.data.decode import UnreadableImage, count_notes, read_image, read_pixels
-from volo.data.records import ImageRecords
-from volo.rng import generator, torch_seed
-from volo.token_labels.geometry import TokenCells
-from volo.token_labels.reference import ReferenceMap, ReferenceMaps
+from volo.data.pixels.decode import UnreadableImage, count_notes, read_image, read_pixels
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
+from volo.data.sources.records import ImageRecords
+from volo.runtime.rng import generator, torch_seed
+from volo.token_labels.aligned import TokenCells
+from volo.token_labels.published import ReferenceMap, ReferenceMaps
 from volo.token_labels.source import LabelSource
 from volo.token_labels.targets import TokenLabelBatch
 
@@ -59,7 +59,7 @@ class Batch:
         erase_boxes: int64 [B, 4], (top, left, bottom, right) of random erasing; all zeros for none.
         noise_seeds: int64 [B], seed of the noise in each box.
         indices: int64 [B], place of each image in the records.
-        notes: int64 [B], sums of :class:`volo.data.decode.Note`.
+        notes: int64 [B], sums of :class:`volo.data.pixels.decode.Note`.
         failures: One line for every file that could not be read. In training another image has taken its place;
             in evaluation it is missing from the batch, which may thereby be empty.
         token_labels: The images' label maps, where there are any.

@@ -12,12 +12,12 @@ from itertools import count, islice
 
 import numpy as np
 
-from volo.data.augment import EvalTransform, TrainTransform
 from volo.data.dataset import Batch, EvalImages, TrainImages
-from volo.data.decode import UnreadableImage
-from volo.data.reading import BatchReader
-from volo.data.records import ImageRecords
-from volo.rng import generator
+from volo.data.pixels.decode import UnreadableImage
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
+from volo.data.sources.records import ImageRecords
+from volo.data.workers import BatchReader
+from volo.runtime.rng import generator
 from volo.token_labels.source import LabelSource
 
 __all__ = ["Batch", "EpochBatches", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]

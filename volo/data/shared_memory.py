@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 
-from volo.data.reading import PREFETCHED_BATCHES
+from volo.data.workers import PREFETCHED_BATCHES
 
 _FOLDER = "/dev/shm"
 

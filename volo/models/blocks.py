@@ -14,8 +14,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from volo.models.checkpointing import Recompute, batch_norm_again, recomputed
 from volo.models.outlook_attention import Kernel, outlook_attention
-from volo.models.recompute import Recompute, batch_norm_again, recomputed
 
 
 class PatchEmbed(nn.Module):
@@ -182,7 +182,7 @@ class ClassAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block on the grid, [B, H, W, C] -> [B, H, W, C]; see Outlooker and Transformer.
 
-    ``recompute`` says what is kept for the backward pass (volo/models/recompute.py); the output is the same.
+    ``recompute`` says what is kept for the backward pass (volo/models/checkpointing.py); the output is the same.
     """
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):

@@ -24,8 +24,8 @@ from volo.models.blocks import (
     SelfAttention,
     Transformer,
 )
+from volo.models.checkpointing import Recompute
 from volo.models.outlook_attention import Kernel, why_not_native
-from volo.models.recompute import Recompute
 
 
 class TokenLogits(NamedTuple):

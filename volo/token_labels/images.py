@@ -3,10 +3,10 @@
 import os
 
 from volo.config import DataConfig
-from volo.data.folders import FolderSplit, folder_layout, scan_class_folders
-from volo.data.formats import is_pattern, open_split
-from volo.data.ranges import is_url
-from volo.data.records import ImageRecords, class_names
+from volo.data.sources.folders import FolderSplit, folder_layout, scan_class_folders
+from volo.data.sources.formats import is_pattern, open_split
+from volo.data.sources.ranges import is_url
+from volo.data.sources.records import ImageRecords, class_names
 
 OPTIONS_HERE = {
     "data.class_list": "--class_list",

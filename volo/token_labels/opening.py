@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.token_labels.published import PublishedLabels
+from volo.token_labels.pt_folder import PublishedLabels
 from volo.token_labels.store import FILES, HEADER, TokenLabelStore
 
 

@@ -9,13 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from volo.data.records import class_names, has_image_suffix, imagenet_classes
-from volo.data.source import PackedNames
-from volo.program import DONE, checking_usage, with_options_of
+from volo.data.sources.base import PackedNames
+from volo.data.sources.records import class_names, has_image_suffix, imagenet_classes
 from volo.reporting import Progress, setup_logging
+from volo.runtime.program import DONE, checking_usage, with_options_of
 from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import check_covers
-from volo.token_labels.published import PublishedLabels, files_below
+from volo.token_labels.pt_folder import PublishedLabels, files_below
 from volo.token_labels.store import label_key
 from volo.token_labels.writer import StoreWriter
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from volo.data.augment import Plan
-from volo.token_labels.geometry import TokenCells, token_cells
+from volo.data.pixels.transforms import Plan
+from volo.token_labels.aligned import TokenCells, token_cells
 from volo.token_labels.opening import check_covers, check_orientation, open_labels
-from volo.token_labels.published import PublishedLabels, sample
-from volo.token_labels.reference import ReferenceMap, reference_map
+from volo.token_labels.pt_folder import PublishedLabels, sample
+from volo.token_labels.published import ReferenceMap, reference_map
 from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 
 # Reading one takes some 0.3 ms from memory, and some 10 ms over a network.
@@ -23,7 +23,7 @@ class LabelSource:
 
     Args:
         root: A packed store or a folder in the published layout.
-        names: Name of each image, as :class:`volo.data.source.Source` has it.
+        names: Name of each image, as :class:`volo.data.sources.base.Source` has it.
         classes: Class names in index order.
         grid: (rows, columns) of the network's final token grid.
         geometry: "aligned", "reference" or "reference_sparse".

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from volo.token_labels.geometry import TokenCells
-from volo.token_labels.reference import smoothing_terms
+from volo.token_labels.aligned import TokenCells
+from volo.token_labels.published import smoothing_terms
 
 
 @dataclass
@@ -114,7 +114,7 @@ def token_targets(labels: TokenLabelBatch, truth: Tensor, smoothing: float, publ
     Args:
         labels: The batch's label maps.
         truth: Class targets [B, C] of the images' own labels, smoothed.
-        smoothing, published_smoothing: See :func:`volo.token_labels.reference.smoothing_terms`.
+        smoothing, published_smoothing: See :func:`volo.token_labels.published.smoothing_terms`.
     """
     num_classes = truth.shape[1]
     scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)

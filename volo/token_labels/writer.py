@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.durable import sync_folder
+from volo.runtime.files import sync_folder
 from volo.token_labels.store import (
     ENTRY,
     EXIF_MODES,

@@ -1,4 +1,4 @@
-"""Outlook attention on the CPU: cpu.cpp, compiled on first use and kept (volo/compiled.py), and the calls into it.
+"""Outlook attention on the CPU: cpu.cpp, compiled on first use (volo/runtime/native.py), and the calls into it.
 
 B images, H x W grid, C channels, h x w windows, K kernel side.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from volo import compiled
+from volo.runtime import native as compiled
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Two switches of -O3, to unroll the loops over a 3 x 3 window and to vectorise copies; the others double the build.

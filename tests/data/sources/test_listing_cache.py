@@ -1,0 +1,179 @@
+"""Kept listings: used as long as they hold, and never longer."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from volo.data.sources import folders
+from volo.data.sources.folders import FolderSplit, scan_class_folders
+from volo.data.sources.label_files import LabelsOption
+from volo.data.sources.listing_cache import Manifests
+
+CLASSES = ("a", "a-b", "b", "c")
+
+
+def settle(root: Path) -> None:
+    """Let an hour pass since the folders were changed."""
+    for place, _, _ in os.walk(root):
+        then = os.stat(place).st_mtime - 3600
+        os.utime(place, (then, then))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    root = tmp_path / "train"
+    for name in ("a/x.png", "a/y.txt", "a/deep/er/z.jpg", "a-b/x.png", "b/2.png", "b/10.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    settle(root)
+    return root
+
+
+class Listings:
+    """Lists ``root``, and counts how many folders it looked into."""
+
+    def __init__(self, root: Path, cache: Path | None, monkeypatch):
+        self.root, self.cache, self.looked = root, cache, 0
+        plain = folders._list_one
+
+        def counted(*words):
+            self.looked += 1
+            return plain(*words)
+
+        monkeypatch.setattr(folders, "_list_one", counted)
+
+    def names(self, **options) -> tuple[list[str], int]:
+        """The names found, which must be those that are there, and the number of folders looked into."""
+        self.looked = 0
+        records = scan_class_folders(str(self.root), CLASSES, manifests=Manifests(self.cache, **options))
+        looked, fresh = self.looked, scan_class_folders(str(self.root), CLASSES)
+        assert records.names == fresh.names and records.labels.tolist() == fresh.labels.tolist()
+        assert records.ignored == fresh.ignored and records.labels.dtype == np.int64
+        there = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*.*g"))
+        assert list(records.names) == sorted(there)
+        assert [CLASSES[i] for i in records.labels] == [name.split("/")[0] for name in records.names]
+        return list(records.names), looked
+
+
+@pytest.fixture
+def listings(root, tmp_path, monkeypatch) -> Listings:
+    return Listings(root, tmp_path / "cache", monkeypatch)
+
+
+def test_a_listing_is_made_once(listings):
+    assert listings.names() == (["a-b/x.png", "a/deep/er/z.jpg", "a/x.png", "b/10.png", "b/2.png"], 3)
+    assert listings.names()[1] == 0
+    assert listings.names(relist=True)[1] == 3
+    assert listings.names()[1] == 0
+    listings.cache = None
+    assert listings.names()[1] == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "b/3.png").touch(),
+        lambda root: (root / "b/2.png").unlink(),
+        lambda root: (root / "b/2.png").rename(root / "b/4.png"),
+        lambda root: (root / "a/deep/er/new.jpg").touch(),
+        lambda root: (root / "c").mkdir(),
+        lambda root: shutil.rmtree(root / "a-b"),
+        lambda root: (root / "b").rename(root / "c"),
+        lambda root: shutil.rmtree(root / "a/deep"),
+    ],
+)
+def test_a_change_is_seen(listings, change):
+    listings.names()
+    change(listings.root)
+    names, looked = listings.names()
+    assert looked == len(os.listdir(listings.root))
+    settle(listings.root)
+    listings.names()  # its times are others now
+    assert listings.names() == (names, 0)
+
+
+def test_what_was_changed_a_moment_ago_is_not_kept(listings):
+    """Another file may come within the same tick of the clock, and the times would not tell."""
+    os.utime(listings.root / "b", (time.time(), time.time()))
+    assert [listings.names()[1], listings.names()[1]] == [3, 3]
+
+
+def spoil(kept: Path, how: str) -> None:
+    content = kept.read_bytes()
+    if how == "cut":
+        kept.write_bytes(content[: len(content) // 2])
+    elif how == "bit":
+        place = content.index(b"a-b/x.pnga/deep")
+        kept.write_bytes(content[:place] + b"b" + content[place + 1 :])
+    elif how == "pickle":
+        np.save(open(kept, "wb"), np.array([{}], dtype=object), allow_pickle=True)  # noqa: SIM115
+    else:
+        kept.write_bytes({"empty": b"", "text": b"hello"}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "pickle", "empty", "text"])
+def test_a_damaged_listing_is_made_anew(listings, how, caplog):
+    expected = listings.names()[0]
+    (kept,) = listings.cache.iterdir()
+    spoil(kept, how)
+    assert listings.names() == (expected, 3)
+    assert f"the kept listing {kept} cannot be read" in caplog.text
+    assert listings.names() == (expected, 0)
+
+
+def test_a_listing_of_something_else_is_made_anew(listings, root, tmp_path, caplog):
+    expected = listings.names()[0]
+    (kept,) = listings.cache.iterdir()
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "other/b/99.png").touch()
+    settle(tmp_path / "other")
+    scan_class_folders(str(tmp_path / "other"), CLASSES, manifests=Manifests(listings.cache))
+    (foreign,) = set(listings.cache.iterdir()) - {kept}
+    shutil.copy(foreign, kept)
+    assert listings.names() == (expected, 3) and "lists something else" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_told(listings, caplog):
+    listings.cache.write_text("a file")
+    assert [listings.names()[1], listings.names()[1]] == [3, 3]
+    assert "cannot be kept" in caplog.text and "data.cache" in caplog.text
+
+
+def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
+    (tmp_path / "labels.txt").write_text("x.png a\ny.png b\ndeep/er/z.jpg a\n")
+    for name in ("x.png", "y.png"):
+        (root / "a" / name).touch()
+    settle(root)
+    manifests = Manifests(listings.cache)
+    for _ in range(2):
+        split = FolderSplit(str(root / "a"), LabelsOption(file=str(tmp_path / "labels.txt")), manifests)
+        assert sorted(split.found_classes()) == ["a", "b"]
+        records = split.records(CLASSES)
+        assert list(records.names) == ["deep/er/z.jpg", "x.png", "y.png"] and records.labels.tolist() == [0, 0, 2]
+    assert listings.looked == 1
+
+
+def test_where_listings_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Manifests.of("auto").folder == tmp_path / "volo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Manifests.of("auto").folder == Path.home() / ".cache/volo"
+    assert Manifests.of("none").folder is None
+    assert Manifests.of("~/x", relist=True).folder == Path.home() / "x"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
+    plain = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path)
+
+    monkeypatch.setattr(folders.os, "scandir", forbidden)
+    with pytest.raises(ValueError, match="a/deep cannot be listed: Permission denied"):
+        scan_class_folders(str(root), CLASSES)

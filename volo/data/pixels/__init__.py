@@ -1,0 +1,1 @@
+"""From the bytes of an image to uint8 [3, H, W]."""

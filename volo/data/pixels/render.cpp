@@ -1,0 +1,734 @@
+// What a Plan does to the pixels of one image, in Pillow's own arithmetic. pixels.py builds this file and calls it.
+//
+// Pillow applies every step to a whole image, on one image object after the other. Here a step computes only the box
+// that the steps after it will look at, in place where it can, and four channels are one vector: a pixel is R, G, B and
+// a byte that means nothing, which is how the decoder hands them over. Every rounding is Pillow's, so that both give
+// the same bytes: floats where Pillow has floats, no fused multiply-add (-ffp-contract=off), 22-bit fixed point in the
+// resize. Canvases are W x H pixels; boxes are half open.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct Box {
+    int64_t x0, y0, x1, y1;
+};
+
+enum Kind : int64_t { AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST, COLOR,
+                      SHARPNESS, AFFINE };
+
+struct Op {  // as pixels.py packs it
+    int64_t kind, cubic;
+    double args[6];
+};
+
+struct Job {  // as pixels.py packs it
+    int64_t width, height;             // of the image
+    int64_t ops_first;                 // flips and operations come before the resize, on the image's own canvas
+    int64_t hflip, vflip, num_ops;
+    Box crop;                          // of the canvas, which is resized to
+    int64_t resized_w, resized_h;      // this size, of which the output is the window
+    int64_t left, top, out_w, out_h;   // that begins here; what it has beside the resized image is black
+    int64_t cubic, tall_first;         // resampling; which pass comes first
+    int64_t fill[3];                   // colour of what a geometric operation uncovers
+};
+
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef double f64x4 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+
+// Four and eight bytes as integers, and back. GCC makes single bytes of these conversions where it could take vectors.
+#ifdef __AVX2__
+inline i32x4 load(const uint8_t* p) { return i32x4(_mm_cvtepu8_epi32(_mm_loadu_si32(p))); }
+inline i32x8 load_two(const uint8_t* p) { return i32x8(_mm256_cvtepu8_epi32(_mm_loadu_si64(p))); }
+inline f64x4 wide(i32x4 v) { return f64x4(_mm256_cvtepi32_pd(__m128i(v))); }
+inline void store(i32x4 v, uint8_t* p) {  // what is outside 0 ... 255 is clipped
+    const __m128i words = _mm_packus_epi32(__m128i(v), __m128i(v));
+    _mm_storeu_si32(p, _mm_packus_epi16(words, words));
+}
+inline void store_two(i32x8 v, uint8_t* p) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(__m256i(v)), _mm256_extracti128_si256(__m256i(v), 1));
+    _mm_storeu_si64(p, _mm_packus_epi16(words, words));
+}
+#else
+template <class V> inline V clamp(V v) {
+    const V top = V{} + 255;
+    v = v < 0 ? V{} : v;
+    return v > top ? top : v;
+}
+typedef uint8_t u8x4 __attribute__((vector_size(4)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+template <class Bytes, class V> inline V read(const uint8_t* p) {
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, V);
+}
+template <class Bytes, class V> inline void write(V v, uint8_t* p) {
+    const Bytes bytes = __builtin_convertvector(clamp(v), Bytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+inline i32x4 load(const uint8_t* p) { return read<u8x4, i32x4>(p); }
+inline i32x8 load_two(const uint8_t* p) { return read<u8x8, i32x8>(p); }
+inline f64x4 wide(i32x4 v) { return __builtin_convertvector(v, f64x4); }
+inline void store(i32x4 v, uint8_t* p) { write<u8x4>(v, p); }  // what is outside 0 ... 255 is clipped
+inline void store_two(i32x8 v, uint8_t* p) { write<u8x8>(v, p); }
+#endif
+
+// Pixels of a canvas, of which those in some box are there: (x, y) lies at data + (y - y0) * stride + 4 * (x - x0).
+struct Image {
+    uint8_t* data;
+    int64_t stride, width, height, x0, y0;
+    uint8_t* at(int64_t x, int64_t y) const { return data + (y - y0) * stride + 4 * (x - x0); }
+};
+
+// Scratch memory that is kept from image to image: new pages cost more than most of what is done here. But not that of
+// an image so large that the pages are little beside it, which every worker would keep for ever. Reading a few bytes
+// past the last pixel is allowed everywhere.
+struct Scratch {
+    static constexpr size_t most_kept = size_t(64) << 20;
+    std::vector<uint8_t> bytes;
+    uint8_t* of(int64_t size) {
+        if (int64_t(bytes.size()) < size + 64) bytes.resize(size + size / 4 + 64);
+        return bytes.data();
+    }
+    Image image(Box box, int64_t width, int64_t height) {
+        const int64_t stride = 4 * (box.x1 - box.x0);
+        return {of(stride * (box.y1 - box.y0)), stride, width, height, box.x0, box.y0};
+    }
+    void end_of_use() {
+        if (bytes.size() > most_kept) std::vector<uint8_t>().swap(bytes);
+    }
+};
+
+// ---- Colours
+
+using Table = uint8_t[256];
+using Counts = int64_t[3][256];
+
+inline uint8_t clip8(double v) { return v <= 0 ? 0 : v >= 255 ? 255 : uint8_t(v); }
+inline float blend(int from, int to, float alpha) { return float(from) + alpha * float(to - from); }
+
+void count(const Image& image, Counts& counts) {  // over the whole canvas
+    int32_t some[2][3][256] = {};                 // two sets, as neighbours often have the same value
+    for (int64_t y = 0; y < image.height; ++y) {
+        const uint8_t* p = image.at(0, y);
+        for (int64_t x = 0; x < image.width; ++x, p += 4)
+            for (int c = 0; c < 3; ++c) ++some[x & 1][c][p[c]];
+    }
+    for (int c = 0; c < 3; ++c)
+        for (int v = 0; v < 256; ++v) counts[c][v] = int64_t(some[0][c][v]) + some[1][c][v];
+}
+
+void extremes(const Image& image, uint8_t (&low)[3], uint8_t (&high)[3]) {  // over the whole canvas
+    u8x32 least = u8x32{} + 255, most = {};                                   // of eight pixels beside one another
+    for (int64_t y = 0; y < image.height; ++y) {
+        const uint8_t* p = image.at(0, y);
+        // The last eight of a row overlap those before; what is narrower is seen pixel by pixel.
+        for (int64_t x = 0; image.width >= 8 && x < image.width; x += 8) {
+            u8x32 pixels;
+            std::memcpy(&pixels, p + 4 * std::min(x, image.width - 8), sizeof pixels);
+            least = pixels < least ? pixels : least;
+            most = pixels > most ? pixels : most;
+        }
+        for (int64_t i = 0; image.width < 8 && i < 4 * image.width; ++i) {
+            least[i] = std::min<uint8_t>(least[i], p[i]);
+            most[i] = std::max<uint8_t>(most[i], p[i]);
+        }
+    }
+    for (int c = 0; c < 3; ++c) low[c] = least[c], high[c] = most[c];
+    for (int i = 0; i < 32; ++i) {
+        if (i % 4 == 3) continue;
+        low[i % 4] = std::min<uint8_t>(low[i % 4], least[i]);
+        high[i % 4] = std::max<uint8_t>(high[i % 4], most[i]);
+    }
+}
+
+void stretch(int low, int high, Table& table) {
+    const double scale = high > low ? 255.0 / (high - low) : 1.0, offset = high > low ? -low * scale : 0.0;
+    for (int v = 0; v < 256; ++v) table[v] = clip8(v * scale + offset);
+}
+
+void equalize(const int64_t* counts, Table& table) {
+    int64_t total = 0, last = 0, values = 0;
+    for (int v = 0; v < 256; ++v) {
+        total += counts[v];
+        if (counts[v]) last = counts[v], ++values;
+    }
+    const int64_t step = values > 1 ? (total - last) / 255 : 0;
+    int64_t below = step / 2;
+    for (int v = 0; v < 256; ++v) {
+        table[v] = step ? uint8_t(std::min<int64_t>(below / step, 255)) : uint8_t(v);
+        below += counts[v];
+    }
+}
+
+inline uint32_t grey(uint32_t r, uint32_t g, uint32_t b) { return (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16; }
+
+int mean_grey(const Image& image) {  // over the whole canvas
+    int64_t sum = 0;
+    for (int64_t y = 0; y < image.height; ++y) {
+        const uint8_t* p = image.at(0, y);
+        uint32_t row = 0;
+        for (int64_t x = 0; x < image.width; ++x) row += grey(p[4 * x], p[4 * x + 1], p[4 * x + 2]);
+        sum += row;
+    }
+    return int(double(sum) / double(image.width * image.height) + 0.5);
+}
+
+// One table for each channel; what depends on one value alone.
+void fill_tables(const Op& op, const Image& image, Table (&tables)[3]) {
+    if (op.kind == AUTO_CONTRAST) {
+        uint8_t low[3], high[3];
+        extremes(image, low, high);
+        for (int c = 0; c < 3; ++c) stretch(low[c], high[c], tables[c]);
+        return;
+    }
+    if (op.kind == EQUALIZE) {
+        Counts counts;
+        count(image, counts);
+        for (int c = 0; c < 3; ++c) equalize(counts[c], tables[c]);
+        return;
+    }
+    const int from = op.kind == CONTRAST ? mean_grey(image) : 0;
+    const double arg = op.args[0];
+    for (int v = 0; v < 256; ++v) {
+        int to = v;
+        switch (op.kind) {
+            case INVERT: to = 255 - v; break;
+            case POSTERIZE: to = v & ~((1 << std::clamp(8 - int(arg), 0, 8)) - 1); break;
+            case SOLARIZE: to = v < arg ? v : 255 - v; break;
+            case SOLARIZE_ADD: to = v < 128 ? std::min(255, v + int(arg)) : v; break;
+            default: to = clip8(blend(from, v, float(arg)));  // BRIGHTNESS, CONTRAST
+        }
+        for (auto& table : tables) table[v] = uint8_t(to);
+    }
+}
+
+void look_up(const Image& image, Box box, const Table (&tables)[3]) {
+    uint32_t shifted[3][256];  // a pixel is read and written as one number
+    for (int c = 0; c < 3; ++c)
+        for (int v = 0; v < 256; ++v) shifted[c][v] = uint32_t(tables[c][v]) << 8 * c;
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+        uint8_t* p = image.at(box.x0, y);
+        for (int64_t x = box.x0; x < box.x1; ++x, p += 4) {
+            const uint32_t to = shifted[0][p[0]] | shifted[1][p[1]] | shifted[2][p[2]];
+            std::memcpy(p, &to, sizeof to);
+        }
+    }
+}
+
+void color(const Image& image, Box box, float alpha) {
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+        uint8_t* row = image.at(box.x0, y);
+        for (int64_t x = 0; x < box.x1 - box.x0; ++x) {
+            uint32_t pixel;
+            std::memcpy(&pixel, row + 4 * x, sizeof pixel);
+            const int r = pixel & 255, g = pixel >> 8 & 255, b = pixel >> 16 & 255, l = grey(r, g, b);
+            const auto mixed = [&](int v) { return uint32_t(std::min(std::max(blend(l, v, alpha), 0.f), 255.f)); };
+            pixel = mixed(r) | mixed(g) << 8 | mixed(b) << 16;
+            std::memcpy(row + 4 * x, &pixel, sizeof pixel);
+        }
+    }
+}
+
+// Blends with the mean of 3 x 3 pixels, the middle one counted five times. The edge of the canvas stays as it is.
+void sharpen(const Image& in, const Image& out, Box box, float alpha) {
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+        std::memcpy(out.at(box.x0, y), in.at(box.x0, y), 4 * (box.x1 - box.x0));
+        const int64_t x0 = std::max<int64_t>(box.x0, 1), x1 = std::min(box.x1, in.width - 1);
+        if (y == 0 || y == in.height - 1 || x0 >= x1) continue;
+        const uint8_t *a = in.at(x0, y - 1), *b = in.at(x0, y), *c = in.at(x0, y + 1);
+        uint8_t* __restrict to = out.at(x0, y);
+        for (int64_t i = 0; i < 4 * (x1 - x0); ++i) {
+            const int around = a[i - 4] + a[i] + a[i + 4] + b[i - 4] + b[i + 4] + c[i - 4] + c[i] + c[i + 4];
+            const int smooth = uint32_t((around + 5 * b[i] + 6) * 5042) >> 16;  // / 13, to nearest
+            to[i] = uint8_t(int(std::min(std::max(blend(smooth, b[i], alpha), 0.f), 255.f)));
+        }
+    }
+}
+
+// ---- Geometry
+
+// Between b and c of four neighbours: linear, or the cubic of Pillow's transforms. In integers first, as it is exact.
+template <bool cubic> inline f64x4 between(const uint8_t* p, int64_t a, int64_t c, int64_t d, double t) {
+    const i32x4 pb = load(p), pc = load(p + c);
+    if constexpr (!cubic) return wide(pb) + wide(pc - pb) * t;
+    const i32x4 pa = load(p + a), pd = load(p + d);
+    return wide(pb) + t * (wide(pc - pa) + t * (wide(2 * (pa - pb) + pc - pd) + t * wide(pb - pa - pc + pd)));
+}
+inline f64x4 between(f64x4 a, f64x4 b, f64x4 c, f64x4 d, double t) {
+    return b + t * ((c - a) + t * (2.0 * (a - b) + c - d + t * (b - a - c + d)));
+}
+
+// pa ... pd: the same column of four rows; a, c, d: where the columns beside it lie, in bytes.
+template <bool cubic, bool across, bool down>
+inline f64x4 mixed(const uint8_t* pa, const uint8_t* pb, const uint8_t* pc, const uint8_t* pd, int64_t a, int64_t c,
+                   int64_t d, double dx, double dy) {
+    const auto row = [&](const uint8_t* p) {
+        if constexpr (across) return between<cubic>(p, a, c, d, dx);
+        else return wide(load(p));
+    };
+    if constexpr (!down) return row(pb);
+    else if constexpr (!cubic) return row(pb) + (row(pc) - row(pb)) * dy;
+    else return between(row(pa), row(pb), row(pc), row(pd), dy);
+}
+
+// One coordinate of the points that a row of pixels looks at: the cell before each, and how far behind its centre.
+struct Points {
+    std::vector<double> place, part;
+    std::vector<int32_t> cell;
+    void locate(const double* m, int64_t x0, int64_t y, int64_t n) {
+        place.resize(n), part.resize(n), cell.resize(n);
+        double *__restrict place_ = place.data(), *__restrict part_ = part.data();
+        int32_t* __restrict cell_ = cell.data();
+        const double py = y + 0.5, a = m[0], b = m[1], c = m[2];
+        int32_t i = 0;
+#ifdef __AVX2__
+        const __m256d half = _mm256_set1_pd(0.5), steep = _mm256_set1_pd(a), row = _mm256_set1_pd(b * py);
+        for (; i + 4 <= int32_t(n); i += 4) {
+            const __m128i at_x = _mm_add_epi32(_mm_set1_epi32(int32_t(x0) + i), _mm_setr_epi32(0, 1, 2, 3));
+            const __m256d px = _mm256_add_pd(_mm256_cvtepi32_pd(at_x), half);
+            const __m256d at = _mm256_add_pd(_mm256_add_pd(_mm256_mul_pd(steep, px), row), _mm256_set1_pd(c));
+            const __m256d behind = _mm256_sub_pd(at, half), low = _mm256_floor_pd(behind);
+            _mm256_storeu_pd(place_ + i, at);
+            _mm256_storeu_pd(part_ + i, _mm256_sub_pd(behind, low));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(cell_ + i), _mm256_cvttpd_epi32(low));
+        }
+#endif
+        for (; i < int32_t(n); ++i) {
+            const double px = (int32_t(x0) + i) + 0.5, at = a * px + b * py + c, low = std::floor(at - 0.5);
+            place_[i] = at;
+            part_[i] = at - 0.5 - low;
+            cell_[i] = int32_t(low);
+        }
+    }
+};
+
+// across, down: whether points lie between columns, between rows. Rotation needs both, shear and translation one.
+template <bool cubic, bool across, bool down>
+void warp(const Image in, const Image out, const Box box, const double* m, const uint8_t* fill) {
+    static thread_local Points kept_columns, kept_rows;
+    Points &columns = kept_columns, &rows = kept_rows;
+    const int64_t W = in.width, H = in.height, n = box.x1 - box.x0;
+    const auto inner = [](int64_t cell, int64_t size) { return cell >= 1 && cell + 2 < size; };
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+        if (across) columns.locate(m, box.x0, y, n);
+        if (down) rows.locate(m + 3, box.x0, y, n);
+        uint8_t* to = out.at(box.x0, y);
+        // Plain pointers: for all the compiler knows a pixel that is stored may be part of an object.
+        const double *sx = columns.place.data(), *sy = rows.place.data();
+        const double *part_x = columns.part.data(), *part_y = rows.part.data();
+        const int32_t *cell_x = columns.cell.data(), *cell_y = rows.cell.data();
+        const auto at = [&](int64_t i) {
+            const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
+            const uint8_t* p = in.at(column, row);
+            const int64_t step = in.stride;
+            return mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, across ? part_x[i] : 0,
+                                              down ? part_y[i] : 0);
+        };
+        const auto whole = [&](int64_t i) {  // all of its neighbours are there, and so is the point itself
+            return (!across || inner(cell_x[i], W)) && (!down || inner(cell_y[i], H));
+        };
+        // Coordinates rise or fall along a row, to their last bit: between two such points lie no others.
+        int64_t first = 0, end = n;
+        while (first < n && !whole(first)) ++first;
+        while (end > first && !whole(end - 1)) --end;
+        for (int64_t i = first; i < end; ++i) store(__builtin_convertvector(at(i), i32x4), to + 4 * i);
+        for (int64_t i = 0; i < n; ++i, to += 4) {
+            if (i == first && first < end) {
+                to += 4 * (end - first);
+                i = end;
+                if (i == n) break;
+            }
+            if ((across && !(sx[i] >= 0 && sx[i] < W)) || (down && !(sy[i] >= 0 && sy[i] < H))) {
+                std::memcpy(to, fill, 4);
+                continue;
+            }
+            const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
+            const double dx = across ? part_x[i] : 0, dy = down ? part_y[i] : 0;
+            // Beyond the edge lies what is on the edge.
+            const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
+            const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
+            const f64x4 v =
+                mixed<cubic, across, down>(p(-1), p(0), p(1), p(2), x(-1) - x(0), x(1) - x(0), x(2) - x(0), dx, dy);
+            store(__builtin_convertvector(v, i32x4), to);
+        }
+    }
+}
+
+inline bool is_across(const Op& op) { return op.args[0] != 1 || op.args[1] != 0 || op.args[2] != 0; }
+inline bool is_down(const Op& op) { return op.args[3] != 0 || op.args[4] != 1 || op.args[5] != 0; }
+
+void warp(const Op& op, const Image& in, const Image& out, Box box, const int64_t* rgb) {
+    const uint8_t fill[4] = {uint8_t(rgb[0]), uint8_t(rgb[1]), uint8_t(rgb[2]), 0};
+    const auto run = op.cubic ? (is_across(op) ? is_down(op) ? warp<true, true, true> : warp<true, true, false>
+                                               : warp<true, false, true>)
+                              : (is_across(op) ? is_down(op) ? warp<false, true, true> : warp<false, true, false>
+                                               : warp<false, false, true>);
+    run(in, out, box, op.args, fill);
+}
+
+// What an operation has to see of its canvas to give `box`.
+Box needs(const Op& op, Box box, int64_t W, int64_t H) {
+    const auto within = [](double v, int64_t most) { return int64_t(std::min(std::max(v, 0.0), double(most))); };
+    switch (op.kind) {
+        case AUTO_CONTRAST: case EQUALIZE: case CONTRAST: return {0, 0, W, H};
+        case SHARPNESS:
+            return {std::max<int64_t>(box.x0 - 1, 0), std::max<int64_t>(box.y0 - 1, 0), std::min(box.x1 + 1, W),
+                    std::min(box.y1 + 1, H)};
+        case AFFINE: break;
+        default: return box;
+    }
+    double low[2] = {1e9, 1e9}, high[2] = {-1e9, -1e9};
+    for (const int64_t x : {box.x0, box.x1})
+        for (const int64_t y : {box.y0, box.y1})
+            for (int axis = 0; axis < 2; ++axis) {
+                const double* m = op.args + 3 * axis;
+                const double at = m[0] * x + m[1] * y + m[2];
+                low[axis] = std::min(low[axis], at);
+                high[axis] = std::max(high[axis], at);
+            }
+    return {within(low[0] - 3, W - 1), within(low[1] - 3, H - 1), within(high[0] + 3, W - 1) + 1,
+            within(high[1] + 3, H - 1) + 1};
+}
+
+// Mirrors the image; only `box`, as it is afterwards, has to be right.
+void flip(Image& image, Box box, bool across, bool down) {
+    if (down) {
+        image.data = image.at(image.x0, image.height - 1);
+        image.stride = -image.stride;
+        image.y0 = 0;
+    }
+    if (!across) return;
+    const int64_t n = box.x1 - box.x0;
+    static thread_local std::vector<uint32_t> mirrored;
+    mirrored.resize(n);
+    image.data += 4 * (image.width - box.x1 - image.x0);  // the column that becomes box.x0
+    image.x0 = box.x0;
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+        uint32_t* row = reinterpret_cast<uint32_t*>(image.at(box.x0, y));
+        for (int64_t i = 0; i < n; ++i) mirrored[i] = row[n - 1 - i];
+        std::memcpy(row, mirrored.data(), 4 * n);
+    }
+}
+
+// ---- Resize: two passes with an 8-bit image between them, across first
+
+constexpr int bits = 32 - 8 - 2;
+
+struct Axis {  // which pixels of the input make each of some pixels of the output, and their weights
+    std::vector<int64_t> first;
+    std::vector<int32_t> weights;  // `taps` for each, an even number
+    std::vector<int32_t> spread;   // each of them four times, for four channels
+    int64_t taps;
+};
+
+inline double kernel(double x, bool cubic) {
+    x = std::abs(x);
+    if (!cubic) return x < 1 ? 1 - x : 0;
+    constexpr double a = -0.5;
+    return x < 1 ? ((a + 2) * x - (a + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+}
+
+struct Filter {  // which pixels of `in` in a row make each of `out`
+    int64_t in;
+    double scale, stretched, support;
+    Filter(int64_t in, int64_t out, bool cubic)
+        : in(in), scale(double(in) / out), stretched(std::max(scale, 1.0)), support((cubic ? 2.0 : 1.0) * stretched) {}
+    double centre(int64_t o) const { return (o + 0.5) * scale; }
+    int64_t low(int64_t o) const { return std::max<int64_t>(int64_t(centre(o) - support + 0.5), 0); }
+    int64_t end(int64_t o) const { return std::min(int64_t(centre(o) + support + 0.5), in); }
+};
+
+void prepare(Axis& axis, int64_t in, int64_t out, int64_t begin, int64_t end, bool cubic) {
+    const Filter filter(in, out, cubic);
+    const double shrink = 1.0 / filter.stretched;
+    const int64_t most = 2 * int64_t(std::ceil(filter.support)) + 1;
+    axis.taps = most + most % 2;
+    axis.first.assign(end - begin, 0);
+    axis.weights.assign((end - begin) * axis.taps, 0);
+    std::vector<double> exact(most);
+    int64_t used = 1;
+    for (int64_t o = begin; o < end; ++o) {
+        const double centre = filter.centre(o);
+        const int64_t low = filter.low(o), count = filter.end(o) - low;
+        double sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += exact[i] = kernel((i + low - centre + 0.5) * shrink, cubic);
+        int32_t* weights = &axis.weights[(o - begin) * axis.taps];
+        for (int64_t i = 0; i < count; ++i) {
+            const double w = sum != 0 ? exact[i] / sum : exact[i];
+            weights[i] = int32_t((w < 0 ? -0.5 : 0.5) + w * (1 << bits));
+            if (weights[i]) used = std::max(used, i + 1);
+        }
+        axis.first[o - begin] = low;
+    }
+    // Pillow allows for more weights than there are: what is 0 for every pixel need not be added. And where there are
+    // fewer, at the far edge, the window moves back into the image.
+    const int64_t kept = used + used % 2;
+    for (int64_t o = 0; o < end - begin; ++o) {
+        int32_t *from = &axis.weights[o * axis.taps], *to = &axis.weights[o * kept];
+        std::copy_n(from, kept, to);
+        const int64_t beyond = std::min(std::max<int64_t>(axis.first[o] + kept - in, 0), axis.first[o]);
+        axis.first[o] -= beyond;
+        std::copy_backward(to, to + kept - beyond, to + kept);
+        std::fill_n(to, beyond, 0);
+    }
+    axis.taps = kept;
+    axis.spread.resize((end - begin) * kept * 4);
+    for (size_t i = 0; i < axis.spread.size(); ++i) axis.spread[i] = axis.weights[i / 4];
+}
+
+template <int rows>
+void resize_rows(const Axis& axis, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
+    const int64_t count = axis.first.size(), taps = axis.taps;
+    const int32_t* w = axis.spread.data();
+    for (int64_t o = 0; o < count; ++o) {
+        const uint8_t* p = in + 4 * axis.first[o];
+        i32x8 sums[rows] = {};
+        for (int64_t i = 0; i < taps; i += 2, w += 8) {
+            i32x8 weight;
+            std::memcpy(&weight, w, sizeof weight);
+            for (int r = 0; r < rows; ++r) sums[r] += weight * load_two(p + r * stride + 4 * i);
+        }
+        for (int r = 0; r < rows; ++r) {
+            i32x4 half[2];
+            std::memcpy(half, &sums[r], sizeof half);
+            store((half[0] + half[1] + (1 << (bits - 1))) >> bits, out + r * step + 4 * o);
+        }
+    }
+}
+
+void resize_across(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step) {
+    int64_t y = 0;
+    for (; y + 4 <= rows; y += 4) resize_rows<4>(axis, in + y * stride, stride, out + y * step, step);
+    for (; y < rows; ++y) resize_rows<1>(axis, in + y * stride, stride, out + y * step, step);
+}
+
+constexpr int block = 32;  // bytes that resize_down makes at once
+inline int64_t whole(int64_t bytes) { return (bytes + block - 1) / block * block; }
+
+// Reads and writes whole blocks. `rows` is the number of rows that may be read.
+void resize_down(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step,
+                 int64_t bytes) {
+    constexpr int vectors = block / 8;
+    const int64_t count = axis.first.size();
+    for (int64_t o = 0; o < count; ++o) {
+        const int32_t* w = &axis.weights[o * axis.taps];
+        const int64_t taps = std::min(axis.taps, rows - axis.first[o]);
+        for (int64_t i = 0; i < bytes; i += block) {
+            const uint8_t* p = in + axis.first[o] * stride + i;
+            i32x8 sums[vectors];
+            for (auto& sum : sums) sum = i32x8{} + (1 << (bits - 1));
+            for (int64_t t = 0; t < taps; ++t, p += stride)
+                for (int v = 0; v < vectors; ++v) sums[v] += w[t] * load_two(p + 8 * v);
+            for (int v = 0; v < vectors; ++v) store_two(sums[v] >> bits, out + o * step + i + 8 * v);
+        }
+    }
+}
+
+// What of the resized image is shown.
+Box shown(const Job& job) {
+    return {std::max<int64_t>(job.left, 0), std::max<int64_t>(job.top, 0),
+            std::min(job.left + job.out_w, job.resized_w), std::min(job.top + job.out_h, job.resized_h)};
+}
+
+// Resizes job.crop of `in`. Across first; where `tall_first`, what shrinks, and more so in height, downwards first.
+Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result) {
+    const auto [x0, y0, x1, y1] = shown(job);
+    const Image out = result.image({0, 0, job.out_w, job.out_h}, job.out_w, job.out_h);
+    if (x1 - x0 < job.out_w || y1 - y0 < job.out_h) std::memset(out.data, 0, out.stride * job.out_h);
+    if (x0 >= x1 || y0 >= y1) return out;
+
+    static thread_local Axis across, down;
+    const int64_t W = job.crop.x1 - job.crop.x0, H = job.crop.y1 - job.crop.y0, columns = x1 - x0, lines = y1 - y0;
+    prepare(across, W, job.resized_w, x0, x1, job.cubic);
+    prepare(down, H, job.resized_h, y0, y1, job.cubic);
+    // What is read of the crop; `first` never falls. An odd count of taps was made even with a weight of 0.
+    const int64_t left = across.first.front(), right = std::min(across.first.back() + across.taps, W);
+    const int64_t top = down.first.front(), bottom = std::min(down.first.back() + down.taps, H);
+    const uint8_t* from = in.at(job.crop.x0 + left, job.crop.y0 + top);
+    uint8_t* to = out.at(x0 - job.left, y0 - job.top);
+    for (auto& first : across.first) first -= left;
+    for (auto& first : down.first) first -= top;
+
+    if (job.tall_first && H > job.resized_h && H - job.resized_h > 2 * (W - job.resized_w)) {
+        const int64_t stride = whole(4 * (right - left));
+        uint8_t* middle = between.of(stride * lines);
+        resize_down(down, bottom - top, from, in.stride, middle, stride, stride);
+        resize_across(across, lines, middle, stride, to, out.stride);
+    } else {
+        const int64_t stride = whole(4 * columns);
+        uint8_t* middle = between.of(stride * (bottom - top));
+        resize_across(across, bottom - top, from, in.stride, middle, stride);
+        static thread_local Scratch padded;
+        uint8_t* rows = padded.of(stride * lines);
+        resize_down(down, bottom - top, middle, stride, rows, stride, stride);
+        for (int64_t y = 0; y < lines; ++y) std::memcpy(to + y * out.stride, rows + y * stride, 4 * columns);
+    }
+    return out;
+}
+
+void planes(const Image& image, uint8_t* out) {
+    const int64_t area = image.width * image.height;
+    for (int64_t y = 0; y < image.height; ++y) {
+        const uint8_t* p = image.at(0, y);
+        uint8_t* to = out + y * image.width;
+        int64_t x = 0;
+#ifdef __AVX2__
+        const __m256i by_channel = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        for (; x + 8 <= image.width; x += 8) {
+            const __m256i pixels = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * x));
+            const __m256i fours = _mm256_shuffle_epi8(pixels, by_channel);
+            const __m256i eights = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            const __m128i red_green = _mm256_castsi256_si128(eights);
+            _mm_storeu_si64(to + x, red_green);
+            _mm_storeu_si64(to + x + area, _mm_unpackhi_epi64(red_green, red_green));
+            _mm_storeu_si64(to + x + 2 * area, _mm256_extracti128_si256(eights, 1));
+        }
+#endif
+        for (; x < image.width; ++x) {
+            to[x] = p[4 * x];
+            to[x + area] = p[4 * x + 1];
+            to[x + 2 * area] = p[4 * x + 2];
+        }
+    }
+}
+
+// The box of the canvas that each operation is given, and at the end what is left to do: boxes[i] goes into
+// operation i.
+void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
+    const int64_t W = job.ops_first ? job.width : job.out_w, H = job.ops_first ? job.height : job.out_h;
+    boxes.assign(job.num_ops + 1, job.ops_first ? job.crop : Box{0, 0, W, H});
+    for (int64_t i = job.num_ops; i-- > 0;) boxes[i] = needs(ops[i], boxes[i + 1], W, H);
+}
+
+}  // namespace
+
+// The box of the image that is looked at, as x0, y0, x1, y1. What a weight of 0 stands before need not be there.
+extern "C" void box_needed(const Job* given, const Op* ops, int64_t* box) {
+    const Job& job = *given;
+    Box from = {0, 0, 1, 1};  // of an output that lies beside the image
+    if (job.ops_first) {
+        std::vector<Box> boxes;
+        find_boxes(job, ops, boxes);
+        from = boxes[0];
+        if (job.hflip) from = {job.width - from.x1, from.y0, job.width - from.x0, from.y1};
+        if (job.vflip) from = {from.x0, job.height - from.y1, from.x1, job.height - from.y0};
+    } else {
+        const Box seen = shown(job), &crop = job.crop;
+        if (seen.x0 < seen.x1 && seen.y0 < seen.y1) {
+            const Filter across(crop.x1 - crop.x0, job.resized_w, job.cubic);
+            const Filter down(crop.y1 - crop.y0, job.resized_h, job.cubic);
+            from = {crop.x0 + across.low(seen.x0), crop.y0 + down.low(seen.y0), crop.x0 + across.end(seen.x1 - 1),
+                    crop.y0 + down.end(seen.y1 - 1)};
+        }
+    }
+    box[0] = from.x0, box[1] = from.y0, box[2] = from.x1, box[3] = from.y1;
+}
+
+// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], of which the box that is
+// needed has to be there, is overwritten; 64 bytes after it may be read.
+extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t* out) {
+    static thread_local Scratch between, result, scratch[2];
+    static thread_local std::vector<Box> boxes;
+    const Job& job = *given;
+    Image image = {pixels, 4 * job.width, job.width, job.height, 0, 0};
+    if (!job.ops_first) image = resize(image, job, between, result);
+
+    find_boxes(job, ops, boxes);
+    flip(image, boxes[0], job.hflip, job.vflip);
+    int which = 0;
+    for (int64_t i = 0; i < job.num_ops; ++i) {
+        const Op& op = ops[i];
+        const Box box = boxes[i + 1];
+        if (op.kind == AFFINE || op.kind == SHARPNESS) {
+            which = 1 - which;  // what it reads may lie in the other
+            Image made = scratch[which].image(box, image.width, image.height);
+            if (op.kind == AFFINE) warp(op, image, made, box, job.fill);
+            else sharpen(image, made, box, float(op.args[0]));
+            image = made;
+        } else if (op.kind == COLOR) {
+            color(image, box, float(op.args[0]));
+        } else {
+            Table tables[3];
+            fill_tables(op, image, tables);
+            look_up(image, box, tables);
+        }
+    }
+    if (job.ops_first) image = resize(image, job, between, result);
+    planes(image, out);
+    for (Scratch* used : {&between, &result, &scratch[0], &scratch[1]}) used->end_of_use();
+}
+
+// Not pixels, but cells of a label map: pooled_slowly() of volo/token_labels/aligned.py, which says what it is.
+namespace {
+
+int64_t pool(float start, float end, int64_t size, int64_t bins, std::vector<int64_t>& cells,
+             std::vector<double>& weights) {
+    const float length = std::max(end - start, 1.0f);
+    const int64_t per_bin = int64_t(std::ceil(length / float(bins))), last = size - 1;
+    const double step = double(length) / bins / per_bin;
+    std::vector<double> rows(bins * size, 0.0);
+    std::vector<int64_t> firsts(bins, 0);
+    int64_t span = 1;
+    for (int64_t bin = 0; bin < bins; ++bin) {
+        double* row = &rows[bin * size];
+        int64_t first = -1, end_of_row = 0;
+        for (int64_t i = bin * per_bin; i < (bin + 1) * per_bin; ++i) {
+            double point = double(start) + (i + 0.5) * step;
+            if (!(point >= -1 && point <= size)) continue;
+            point = std::min(std::max(point, 0.0), double(last));
+            const int64_t low = int64_t(point), high = std::min(low + 1, last);
+            row[low] += 1 - (point - low);
+            row[high] += point - low;
+            if (first < 0) first = low;
+            end_of_row = high + 1;
+        }
+        firsts[bin] = std::max<int64_t>(first, 0);
+        span = std::max(span, end_of_row - firsts[bin]);
+    }
+    cells.resize(bins * span), weights.resize(bins * span);
+    for (int64_t bin = 0; bin < bins; ++bin)
+        for (int64_t i = 0; i < span; ++i) {
+            const int64_t cell = firsts[bin] + i;
+            cells[bin * span + i] = std::min(cell, last);
+            weights[bin * span + i] = cell <= last ? rows[bin * size + cell] / per_bin : 0.0;
+        }
+    return span;
+}
+
+}  // namespace
+
+// roi_slowly() of volo/token_labels/aligned.py, which says what it is. `box` is x1, y1, x2, y2. Returns Q; the
+// caller makes room for as many cells as there can be.
+extern "C" int64_t roi(const float* box, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w, int64_t* cells,
+                       float* weights, float* class_weights) {
+    static thread_local std::vector<int64_t> rows, columns;
+    static thread_local std::vector<double> row_weights, column_weights, whole;
+    const int64_t R = pool(box[1], box[3], height, grid_h, rows, row_weights);
+    const int64_t C = pool(box[0], box[2], width, grid_w, columns, column_weights);
+    for (int64_t i = 0; i < grid_h; ++i)
+        for (int64_t j = 0; j < grid_w; ++j)
+            for (int64_t r = i * R; r < (i + 1) * R; ++r)
+                for (int64_t c = j * C; c < (j + 1) * C; ++c) {
+                    *cells++ = rows[r] * width + columns[c];
+                    *weights++ = float(row_weights[r] * column_weights[c]);
+                }
+    const int64_t size[2] = {width, height};
+    whole.assign(width + height, 0.0);  // of columns, then of rows
+    for (int axis = 0; axis < 2; ++axis) {
+        const int64_t n = pool(box[axis], box[axis + 2], size[axis], 1, columns, column_weights);
+        for (int64_t i = 0; i < n; ++i) whole[axis * width + columns[i]] += column_weights[i];
+    }
+    for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x) *class_weights++ = float(whole[width + y] * whole[x]);
+    return R * C;
+}

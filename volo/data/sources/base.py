@@ -1,0 +1,118 @@
+"""Where the bytes of images come from: a name and the content of the file, by the image's place in a list. N images."""
+
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from volo.data.pixels.decode import UnreadableImage
+
+
+class PackedNames(Sequence[str]):
+    """N strings in two arrays, immutable.
+
+    A list of a million Python strings takes four times as much, and every forked worker would copy it, page by page,
+    as reference counts are touched.
+
+    Args:
+        text: The strings in UTF-8 (names of files that are not UTF-8 as ``os.fsencode`` has them), one after the
+            other, uint8.
+        ends: Where each of them ends, int64 [N].
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        assert text.dtype == np.uint8 and ends.dtype == np.int64
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "PackedNames":
+        """Pack ``names``; takes no more memory on the way than in the end."""
+        text, ends = bytearray(), array("q")
+        for name in names:
+            text += name.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        return cls(np.frombuffer(text, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
+        """Return the names of all ``parts``, one after the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])[:-1]
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=True)]
+        return cls(
+            np.concatenate([part.text for part in parts] or [np.empty(0, np.uint8)]),
+            np.concatenate(ends or [np.empty(0, np.int64)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, PackedNames):
+            return NotImplemented
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
+
+    __hash__ = None
+
+
+class Source(ABC):
+    """The files of N images, in whatever they are stored. Safe to fork and to pickle: a process opens its own.
+
+    Args:
+        names: Name of each image as errors, label stores and ImageNet-ReaL know it: "class/file.suffix", or
+            "file.suffix" where there are no class folders; with forward slashes.
+    """
+
+    def __init__(self, names: PackedNames):
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UnreadableImage: It is not there, or could not be read.
+        """
+
+    @abstractmethod
+    def location(self, index: int) -> str:
+        """Return where a user finds the file: its full path, or what it is stored in and its name in there."""
+
+
+class FolderSource(Source):
+    """Files of a folder.
+
+    Args:
+        root: The folder that the names start from.
+        names: Paths relative to it.
+    """
+
+    def __init__(self, root: str, names: PackedNames):
+        super().__init__(names)
+        self.root = root
+
+    def read(self, index: int) -> bytes:
+        path = self.location(index)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise UnreadableImage(f"cannot read {path}: {error.strerror}") from error
+
+    def location(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])

@@ -1,0 +1,165 @@
+"""Hugging Face data sets in Parquet files, through timm's reader.
+
+The reader opens them with the package ``datasets``, which writes them once, as Arrow, into its own cache ($HF_HOME):
+as many bytes again, but any image is then one look into mapped memory away. (A Parquet file is compressed in groups
+of a hundred images and more, all of which would be read for one.)
+"""
+
+import glob
+import os
+import re
+
+import numpy as np
+
+from volo.data.pixels.decode import SUFFIX_FORMATS, UnreadableImage
+from volo.data.sources.base import PackedNames, Source
+from volo.data.sources.label_files import LabelsOption, class_indices, some
+from volo.data.sources.records import ImageRecords, Split, imagenet_classes
+
+_ALSO_CALLED = {"val": "validation", "validation": "val"}
+
+
+def has_parquet(folder: str) -> bool:
+    """Tell whether a folder is a data set of Parquet files: in itself or in its folder data, as on the Hub."""
+    folder = glob.escape(folder)
+    return any(glob.glob(f"{folder}/{place}*.parquet") for place in ("", "data/"))
+
+
+class ParquetSource(Source):
+    """Images of a data set of the package ``datasets``; every process opens its own.
+
+    Args:
+        names: Names of the N images.
+        folder: The data set.
+        split: Its split.
+        rows: Row of each image, int64 [N].
+    """
+
+    def __init__(self, names: PackedNames, folder: str, split: str, rows: np.ndarray, reader=None):
+        super().__init__(names)
+        self.folder, self.split, self.rows = folder, split, rows
+        self._reader = reader
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_reader": None}
+
+    def read(self, index: int) -> bytes:
+        if self._reader is None:
+            self._reader = _open(self.folder, self.split)
+        try:
+            file, _ = self._reader[int(self.rows[index])]
+            with file:
+                return file.read()
+        except (OSError, AssertionError) as error:  # the reader asserts that there are bytes or a path
+            raise UnreadableImage(f"cannot read {self.location(index)}: it has no content ({error})") from error
+
+    def location(self, index: int) -> str:
+        return f"{self.folder}, split {self.split}, row {self.rows[index]}: {self.names[index]}"
+
+
+class ParquetSplit(Split):
+    """A split of a data set of Parquet files with the columns image and label.
+
+    Args:
+        folder: The data set.
+        split: Name of the split; where there is no "val", "validation" is taken.
+        option: The option that gave it, for messages.
+        labels: No labels file, since every row has its label.
+    """
+
+    def __init__(self, folder: str, split: str, option: str, labels: LabelsOption):
+        super().__init__(f"{folder} (split {split})", labels)
+        self.folder, self.split, self.option = folder, split, option
+        self._reader = None
+
+    def reader(self):
+        """Return timm's reader of the split."""
+        if self._reader is None:
+            problem = None
+            for name in (self.split, _ALSO_CALLED.get(self.split)):
+                try:
+                    self._reader = name and _open(self.folder, name)
+                except ValueError as error:
+                    problem = problem or error
+                else:
+                    self.split = name or self.split
+                    break
+            if self._reader is None:
+                raise ValueError(f"{self.option} is {self.split!r}: {problem}")
+        return self._reader
+
+    def found_classes(self) -> list[str]:
+        reader = self.reader()
+        return list(reader.class_to_idx) or sorted({str(label) for label in _column(reader, "label")})
+
+    def records(self, classes: tuple[str, ...]) -> ImageRecords:
+        reader = self.reader()
+        if self.labels.file is not None:
+            raise ValueError(f"{self.labels.name} is given, but {self.place} has labels of its own; leave it out")
+        if not len(reader):
+            raise ValueError(f"{self.place} has no image")
+        labels = self._labels(reader, classes)
+        names = [
+            _name(path, row, classes[label])
+            for row, (path, label) in enumerate(zip(_column(reader, "image.path"), labels, strict=True))
+        ]
+        rows = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
+        source = ParquetSource(PackedNames.of(names[row] for row in rows), self.folder, self.split, rows, reader)
+        return ImageRecords(source, labels[rows], classes)
+
+    def _labels(self, reader, classes: tuple[str, ...]) -> np.ndarray:
+        """Return the class index of each row: by the names of the classes where the file has names.
+
+        By position only in ImageNet as it is on the Hub, whose 1,000 classes have descriptions for names, in the order
+        of the synsets. ValueError where the file's names are others than ``classes``.
+        """
+        values = np.array(_column(reader, "label"))
+        name_of = {index: name for name, index in reader.class_to_idx.items()}
+        ours = set(classes)
+        strange = [name for _, name in sorted(name_of.items()) if name not in ours]
+        if strange:
+            if not (len(strange) == len(name_of) == len(classes) and classes == imagenet_classes()):
+                raise ValueError(
+                    f"{self.place}: {len(strange)} of its {len(name_of)} classes are not among the {len(classes)} "
+                    f"classes ({classes[0]!r} ... {classes[-1]!r}): {some(strange)}. Labels are never mapped to other "
+                    "classes: point data.class_list at a list that has these names"
+                )
+            name_of = {}
+        distinct, which = np.unique(values, return_inverse=True)
+        texts = [name_of.get(value, str(value)) for value in distinct.tolist()]
+        return class_indices(texts, classes, self.place)[which]
+
+
+def _open(folder: str, split: str):
+    """Return timm's reader of a split; ValueError where there is none, or a package is missing."""
+    try:
+        import datasets
+        from timm.data import create_reader
+    except ImportError as error:
+        raise ValueError(f"Parquet files need a package that is missing ({error}): pip install datasets") from error
+    try:
+        return create_reader(f"hfds/{folder}", root=None, split=split)
+    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{folder} cannot be opened as a data set of images: {told}") from error
+
+
+def _column(reader, name: str) -> list:
+    """Return the values of a column, or of a field of one ("image.path"), without reading the others."""
+    column, _, field = name.partition(".")
+    values = reader.dataset.with_format("arrow").data.column(column)
+    if field:
+        import pyarrow.compute
+
+        values = pyarrow.compute.struct_field(values, field)
+    return values.to_pylist()
+
+
+def _name(path: str | None, row: int, class_name: str) -> str:
+    """Return the name of a row's image as folders would have it: class/file.
+
+    On the Hub the files of ImageNet have their synset behind their name (ILSVRC2012_val_00000001_n01751748.JPEG).
+    """
+    stem, suffix = os.path.splitext(os.path.basename(path or f"{row:08d}"))
+    stem = re.sub(rf"_{re.escape(class_name)}$", "", stem)
+    return f"{class_name}/{stem}{suffix if suffix.lower() in SUFFIX_FORMATS else suffix + '.jpg'}"

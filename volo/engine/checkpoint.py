@@ -1,0 +1,179 @@
+"""Checkpoints that are whole or not there, and the newest valid one to go on from.
+
+What a checkpoint of ours holds (plain containers and tensors only, so it loads with ``weights_only``):
+    format, version          "volo", 1
+    arch, classes            registered model name; class names in index order
+    state_dict               the network
+    state_dict_ema           its average, where there is one
+    optimizer, scaler        their state
+    progress                 :class:`Progress`: position in the schedule and the best result so far
+    rng                      the seed; every draw of a run is a function of it and of the position
+    config                   the resolved config
+    epoch, metric            finished epochs and best top-1, under the names timm's tools look for
+    evaluated_weights        "raw" or "ema": which weights the metric belongs to
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from volo.models.weights import UnreadableCheckpoint, read_checkpoint
+from volo.runtime.files import sync_folder
+
+_logger = logging.getLogger("volo")
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``epoch`` finished epochs and ``step`` optimizer steps into the next one."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    closed_epochs: int = 0  # finished epochs whose evaluation, where one was due, is done too
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    replaced_images: int = 0  # how many times another image took the place of one that cannot be used
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those written before are intact."""
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write ``state`` to ``path`` so that at any moment ``path`` is either the old file or the new one, whole.
+
+    Raises SaveError (a full disk, a lost mount); the half-written file is removed and the old one stays.
+    """
+    temporary = _temporary(path.parent)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch may word a failed write as an internal error of its archive; what failed stands behind that.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise SaveError(
+            f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
+            "written before are intact; make room and start again with train.resume auto"
+        ) from error
+
+
+def _temporary(folder: Path) -> Path:
+    """Return the one name that half-written files of ``folder`` have: what a killed run left, the next replaces."""
+    return folder / ".checkpoint.tmp"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: ``last.pt``, ``best.pt`` and the ``keep`` newest ``step-*.pt``."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def save(self, state: dict, is_best: bool) -> None:
+        """Write ``state`` once; name it last, and best if it is; forget the oldest beyond ``keep``.
+
+        Numbers above that of ``state`` are of a course that was given up for an earlier checkpoint; they are
+        forgotten, too, or the next start would go back to it.
+        """
+        path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
+        save_atomically(state, path)
+        self._name(path, self.last)
+        if is_best:
+            self._name(path, self.best)
+        given_up = [other for other in self._numbered() if other > path]
+        for old in given_up + self._numbered()[len(given_up) + self.keep :]:
+            old.unlink()
+
+    def _name(self, path: Path, name: Path) -> None:
+        """Give the file at ``path`` a second name, replacing what had it in one step."""
+        temporary = _temporary(self.folder)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            try:
+                shutil.copyfile(path, temporary)
+                with open(temporary, "rb+") as copy:
+                    os.fsync(copy.fileno())
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
+        os.replace(temporary, name)
+        sync_folder(self.folder)
+
+    def _numbered(self) -> list[Path]:
+        """Return the numbered checkpoints, newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def exists(self) -> bool:
+        return self.last.exists() or bool(self._numbered())
+
+    def newest_valid(self) -> tuple[Path, dict] | None:
+        """Return the newest checkpoint that can be read, reporting each that cannot; None in a fresh folder.
+
+        Raises UnreadableCheckpoint where there are checkpoints and none can be read: a run never restarts by itself.
+        """
+        candidates = self._numbered()
+        if self.last.exists():
+            # A run killed between writing a checkpoint and naming it last has a newer one than last.pt, which is
+            # a link to the one before or, on a file system without links, a copy of it.
+            written = self.last.stat().st_mtime_ns
+            old = [path.samefile(self.last) or path.stat().st_mtime_ns <= written for path in candidates]
+            candidates.insert(old.index(True) if any(old) else len(old), self.last)
+        tried: list[Path] = []
+        for path in candidates:
+            if any(path.samefile(other) for other in tried):
+                continue
+            try:
+                return path, read_own_checkpoint(path)
+            except ValueError as error:
+                tried.append(path)
+                _logger.warning("%s is passed over: %s", path.name, error)
+        if tried:
+            raise UnreadableCheckpoint(
+                f"none of the checkpoints in {self.folder} can be read ({len(tried)} tried, the reasons stand above); "
+                "nothing was changed. To start again from nothing, use another train.name"
+            )
+        return None
+
+
+def read_own_checkpoint(path: Path) -> dict:
+    """Return a checkpoint that this program wrote.
+
+    Raises UnreadableCheckpoint where it is damaged, ValueError where it is not there or of another program.
+    """
+    state = read_checkpoint(path)
+    missing = {"state_dict", "optimizer", "progress", "config"} - set(state)
+    if missing:
+        raise ValueError(
+            f"{path} is no checkpoint to resume from: it lacks {', '.join(sorted(missing))}. To start from its "
+            "weights, use model.checkpoint"
+        )
+    return state

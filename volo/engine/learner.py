@@ -1,0 +1,233 @@
+"""One optimizer step: the network with all that changes its weights.
+
+B images of one pass, C classes. Every pass of a step is a chunk of the global batch; chunk k = pass * processes +
+rank, and all that is drawn for it is keyed by (seed, epoch, step, k), so that one process with two passes draws
+what two processes with one pass draw.
+"""
+
+import contextlib
+import logging
+from typing import NamedTuple
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from volo.build import BatchPlan
+from volo.config import Config, ModelConfig
+from volo.data.dataset import Batch
+from volo.data.mixing import (
+    MixPlan,
+    apply_mix,
+    draw_mix,
+    draw_mix_token_box,
+    mix_targets,
+    soft_targets,
+    token_shares,
+)
+from volo.data.normalise import normalise_and_erase
+from volo.engine.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
+from volo.engine.precision import Precision, apex_initialise, require_apex_amp
+from volo.losses import LossTerms, TokenLabelLoss
+from volo.models import create_model, load_checkpoint
+from volo.runtime import distributed
+from volo.runtime.distributed import World
+from volo.runtime.rng import generator, torch_seed
+from volo.token_labels.published import ReferenceMaps, dense_targets
+from volo.token_labels.targets import TokenTargets, token_targets
+
+_logger = logging.getLogger("volo")
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """Return the network of ``config`` with fresh weights; ValueError names an option that does not fit."""
+    return create_model(
+        config.name,
+        img_size=config.image_hw,
+        num_classes=config.num_classes,
+        drop_path_rate=config.drop_path_rate,
+        **config.architecture,
+    )
+
+
+class Inputs(NamedTuple):
+    """What one pass gives network and loss, on the device.
+
+    Args:
+        images: [B, 3, H, W], normalised, erased and mixed.
+        targets: [B, C]; where there are label maps, those of every token, sparse or [B, C, 2 + N].
+        mix_box: MixToken's box on the final grid, int [4], or None.
+    """
+
+    images: Tensor
+    targets: Tensor | TokenTargets
+    mix_box: Tensor | None
+
+
+class Learner:
+    """Network, loss, optimizer, gradient scaler and weight average of one process."""
+
+    def __init__(self, config: Config, world: World, plan: BatchPlan, state: dict | None):
+        """Build everything; with ``state``, a checkpoint of this run, go on from there."""
+        self.config, self.world, self.plan = config, world, plan
+        self.precision = Precision.resolve(config.train.precision, world.device)
+        self.model = self._make_model(state)
+        self.kernel = self.model.set_kernel(config.train.kernel)
+        self.grid = self.model.grid_size
+        labels = config.token_label
+        self.loss = TokenLabelLoss(
+            config.loss.dense_weight,
+            config.loss.cls_weight,
+            # Without label maps the class target is the image's own label already.
+            ground_truth=labels.root is not None and labels.ground_truth != "off",
+            corrected_ratio=labels.ground_truth == "corrected",
+        )
+        self.optimizer = create_optimizer(self.model, config.optim)
+        self.scaler = self.precision.scaler()
+        if self.precision.name == "apex_o1":
+            self.model, self.optimizer = apex_initialise(self.model, self.optimizer)
+        self.loss_terms = self.loss.terms
+        if config.train.compile:
+            self.model.compile()
+            # dynamic: a token lists more or fewer classes from batch to batch, where label maps are pooled.
+            self.loss_terms = torch.compile(self.loss.terms, dynamic=True)
+        self.wrapped = self._distribute(self.model)
+        # After every rank got rank 0's weights; before, the ranks would average different ones.
+        self.ema = create_ema(self.model, config.ema)
+        if state is not None:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            if state["scaler"]:  # empty where the run had none until now
+                self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["state_dict_ema"])
+
+    def _make_model(self, state: dict | None) -> nn.Module:
+        config = self.config
+        torch.manual_seed(torch_seed(config.train.seed, "initialise"))
+        model = build_model(config.model)
+        if state is not None:
+            model.load_state_dict(state["state_dict"])
+        trained_heads = state is not None
+        if state is None and config.model.checkpoint:
+            report = load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)
+            trained_heads = not report.dropped_heads
+        if config.loss.dense_weight == 0 and model.aux_head is not None:
+            # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
+            model.aux_head.requires_grad_(False)
+            if not trained_heads:
+                for parameter in model.aux_head.parameters():
+                    nn.init.zeros_(parameter)  # evaluation adds half of its largest logits: noise, if it were random
+            _logger.warning(
+                "loss.dense_weight is 0: the token head keeps the weights of the checkpoint, or says nothing where it "
+                "is new; model.return_dense false (with mix.mix_token false) makes a network without it"
+            )
+        if config.train.sync_bn and self.world.size > 1:
+            if self.world.device.type == "cpu":
+                raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.set_recompute(config.train.recompute)
+        memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
+        return model.to(self.world.device, memory_format=memory_format)
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return model
+        # Before each step rank 0's BatchNorm statistics go to every rank, so that a run which goes on from rank 0's
+        # checkpoint is the same run.
+        on_cpu = self.world.device.type == "cpu"
+        devices = None if on_cpu else [self.world.device.index]
+        # Every step uses the same parameters; but a pass without an exchange must not come first in a static graph.
+        static = self.plan.micro_batches == 1 and not self.config.train.compile
+        wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static)
+        if on_cpu:
+            wrapped.register_comm_hook(None, distributed.average_in_rank_order)
+        return wrapped
+
+    def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
+        """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
+        images, targets, mix_box = self.inputs(batch, epoch, step, micro)
+        last = micro == self.plan.micro_batches - 1
+        position = (epoch, step, micro * self.world.size + self.world.rank)
+        torch.manual_seed(torch_seed(self.config.train.seed, "forward", *position))  # dropout and drop path
+        # Gradients travel between processes once a step, with the last pass.
+        with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+            with self.precision.autocast():
+                output = self.wrapped(images, mix_box)
+            terms = self.loss_terms(output, targets, mix_box)
+            self._backward(terms.total / self.plan.micro_batches)
+        return terms
+
+    def inputs(self, batch: Batch, epoch: int, step: int, micro: int) -> Inputs:
+        """Return what pass ``micro`` of a step gives network and loss; every draw is keyed by its place."""
+        config, device = self.config, self.world.device
+        images, labels = normalise_and_erase(
+            batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
+        )  # [B, 3, H, W], [B]
+        targets = self._targets(batch, labels)
+        rng = generator(config.train.seed, "mix", epoch, step, micro * self.world.size + self.world.rank)
+        mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
+        if mix is not None:
+            images, targets = apply_mix(images, mix), self._mixed(targets, mix)
+        mix_box = None
+        if config.mix.mix_token:
+            mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
+        return Inputs(images, targets, mix_box)
+
+    def _targets(self, batch: Batch, labels: Tensor) -> Tensor | TokenTargets:
+        """Return the targets of a batch: [B, C], or, where there are label maps, those of every token."""
+        config = self.config
+        targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
+        if batch.token_labels is None:
+            return targets
+        maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
+        smoothing = config.loss.smoothing, config.token_label.smoothing == "published"
+        if isinstance(maps, ReferenceMaps):
+            return dense_targets(maps, targets, self.grid, *smoothing)
+        return token_targets(maps, targets, *smoothing)
+
+    def _mixed(self, targets: Tensor | TokenTargets, mix: MixPlan) -> Tensor | TokenTargets:
+        """Return the targets of images that were mixed by MixUp or CutMix."""
+        if isinstance(targets, Tensor):
+            return mix_targets(targets, mix)
+        shares = token_shares(mix, self.grid, self.config.model.image_hw)  # [B, N]
+        if self.config.token_label.geometry != "aligned":  # the published code gives every token the image's ratio
+            shares = mix.lam[:, None].expand_as(shares)
+        device = self.world.device
+        return targets.mixed(mix.lam.float().to(device), shares.float().to(device))
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.precision.name == "apex_o1":
+            with require_apex_amp().scale_loss(loss, self.optimizer) as scaled:
+                scaled.backward()
+        else:
+            self.scaler.scale(loss).backward()
+
+    def update(self, lr: float, global_step: int) -> torch.Tensor:
+        """Step the optimizer at ``lr``, then the average; return the gradient norm before clipping."""
+        config = self.config.optim
+        set_learning_rate(self.optimizer, lr)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if config.clip_grad > 0 and config.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)  # the norm is there already
+        elif config.clip_grad > 0:
+            dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=global_step if self.config.ema.warmup else None)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps of it."""
+        state = {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        return state

@@ -1,0 +1,51 @@
+"""What a training batch looks like to the network: the picture of scripts/show_batch.py and of every run's start."""
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from volo.data.loader import TrainLoader
+from volo.data.sources.records import imagenet_classes
+from volo.engine.learner import Learner
+from volo.reporting.batch_picture import TokenView, draw_batch
+from volo.token_labels.targets import TokenTargets
+
+
+def batch_picture(
+    learner: Learner, loader: TrainLoader, class_names: tuple[str, ...], epoch: int, step: int, most: int = 4
+) -> bytes | None:
+    """Return a PNG of the first ``most`` images of a step, as the network gets them, with their token labels.
+
+    Mixing is drawn for these images alone. Returns None where files cannot be read and too few remain: the step
+    itself will name them.
+    """
+    if learner.config.mix.mixes_images:
+        most -= most % 2  # images mix in pairs
+    batch = loader.peek(epoch, step, most)
+    if len(batch) == 0 or (learner.config.mix.mixes_images and len(batch) % 2):
+        return None
+    inputs = learner.inputs(batch, epoch, step, micro=0)
+    augment = learner.config.augment
+    scale, offset = (torch.tensor(values).view(3, 1, 1) for values in (augment.std, augment.mean))
+    images = (inputs.images.cpu().float() * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    names = readable_names(class_names)
+    by_token = isinstance(inputs.targets, TokenTargets) or inputs.targets.ndim == 3
+    tokens = token_view(inputs.targets, learner.grid) if by_token else None
+    box = inputs.mix_box.tolist() if inputs.mix_box is not None else None
+    return draw_batch(images, [names[label] for label in batch.labels.tolist()], names, tokens, box)
+
+
+def token_view(targets: TokenTargets | Tensor, grid: tuple[int, int]) -> TokenView:
+    """Return each token's most likely class and its probability, of sparse targets or of [B, C, 2 + N]."""
+    dense = targets if isinstance(targets, Tensor) else targets.to_dense()
+    shares, classes = dense[:, :, 2:].cpu().max(1)  # [B, N], of a handful of images
+    valid = torch.ones_like(shares) if isinstance(targets, Tensor) else targets.mass.cpu()
+    return TokenView(classes.numpy(), shares.numpy(), (valid > 0).numpy(), grid)
+
+
+def readable_names(class_names: tuple[str, ...]) -> list[str]:
+    """Return the class names, synsets of ImageNet in words."""
+    if not set(class_names) <= set(imagenet_classes()):
+        return list(class_names)
+    info = ImageNetInfo()
+    return [info.label_name_to_description(name).split(",")[0] for name in class_names]

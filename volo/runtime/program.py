@@ -1,0 +1,110 @@
+"""How a program of ours ends: exit codes, and the reason on the last line.
+
+0 done; 1 failed; 2 wrong usage or config, before any work; 75 stopped by a signal, with a checkpoint saved.
+"""
+
+import contextlib
+import errno
+import logging
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from volo.engine.checkpoint import SaveError
+from volo.models.weights import UnreadableCheckpoint
+from volo.runtime import distributed
+from volo.runtime.exit_codes import DONE, FAILED, STOPPED, USAGE, leave_for_launcher
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_logger = logging.getLogger("volo")
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be, and it was found before any work."""
+
+
+@contextlib.contextmanager
+def checking_usage():
+    """Turn the ValueErrors of the block, all found before any work, into :class:`UsageError`.
+
+    What is wrong with a file or the network rather than with the options has exceptions of its own.
+    """
+    try:
+        yield
+    except UnreadableCheckpoint:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def with_options_of(program: dict[str, str], message: str) -> str:
+    """Return ``message`` with options of train.py, which it names, as another program calls them.
+
+    Args:
+        program: What each is called there.
+        message: Of functions that the programs share.
+    """
+    for name, here in program.items():
+        message = message.replace(name, here)
+    return message
+
+
+def finish(body: Callable[[], int]) -> None:
+    """Run ``body`` and end the process with the exit code it returns or its failure stands for."""
+    try:
+        code = body()
+    except distributed.OtherRankFailed:
+        code = FAILED
+    except UsageError as error:
+        code = _fail(str(error), USAGE)
+    except (ValueError, SaveError, ArithmeticError, distributed.MeetingFailed) as error:
+        code = _fail(str(error), FAILED)  # expected failures, which explain themselves
+    except KeyboardInterrupt:
+        code = _fail("interrupted before a checkpoint could be saved", FAILED)
+    except Exception as error:
+        code = _fail(_unexpected(error), FAILED)
+    leave_for_launcher(code)
+    if code in (DONE, STOPPED):
+        distributed.shutdown()
+        sys.exit(code)
+    # Other processes may be gone: leaving the process group in order would wait for them.
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the last line for an error that no code of ours foresaw, after printing where it came from."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error}: there is no room left to write to. Make room and start again with the same command"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU has not enough memory ({str(error).split('. ')[0]}). In training a smaller "
+            "train.device_batch_size (the rest of the batch is accumulated) or train.recompute blocks needs less, in "
+            "evaluation a smaller eval.batch_size"
+        )
+    if transport := distributed.lost_peer(error):
+        return f"another process of the run is gone ({transport}); if it failed, its own message says why"
+    traceback.print_exc()
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}" + (" ... (whole above)" if len(lines) > 1 else "")
+
+
+def _fail(reason: str, code: int) -> int:
+    sys.stdout.flush()
+    rank = int(os.environ.get("RANK", 0))
+    prefix = f"[rank {rank}] " if rank else ""
+    if code != USAGE:  # a refused command is no part of the run in that folder
+        for handler in _logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.emit(logging.LogRecord("volo", logging.ERROR, __file__, 0, reason, None, None))
+    print(f"{prefix}error: {reason}", file=sys.stderr)
+    leave_for_launcher(code, prefix + reason)
+    return code

@@ -1,0 +1,1 @@
+"""What only the generation of token labels uses."""

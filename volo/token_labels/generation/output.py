@@ -1,0 +1,134 @@
+"""From finished blocks to what the user asked for: one packed store, or a folder of files in the published layout.
+
+k top scores a cell, h x w cells of a map.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from volo.data.sources.records import ImageRecords
+from volo.reporting import Progress
+from volo.runtime.signals import StopRequest
+from volo.token_labels.generation.label_blocks import BlockFolder
+from volo.token_labels.generation.options import GenerateOptions
+from volo.token_labels.store import MAX_CLASSES, TokenLabelMap, label_key
+from volo.token_labels.writer import StoreWriter
+
+_EXACT_IN_FLOAT16 = 2048
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What came of it: images labelled, how many of them the teacher got right, and why others were skipped."""
+
+    images: int
+    top1_correct: int
+    top5_correct: int
+    skipped: list[str]
+
+
+def published_name(path: str) -> str:
+    """Return what the published code makes of an image's path: the text before the first dot."""
+    return path.split(".")[0]
+
+
+def require_storable(layout: str, records: ImageRecords) -> None:
+    """Raise ValueError where labels of these images cannot be told apart, or their classes not be written down."""
+    num_classes = len(records.classes)
+    if num_classes > MAX_CLASSES:
+        raise ValueError(f"--class_list has {num_classes:,} classes; labels are stored for up to {MAX_CLASSES:,}")
+    if layout == "published" and num_classes > _EXACT_IN_FLOAT16 + 1:
+        raise ValueError(
+            f"--format published keeps class indices in float16, which is exact up to {_EXACT_IN_FLOAT16:,}, and "
+            f"there are {num_classes:,} classes; use --format packed"
+        )
+    name_of = published_name if layout == "published" else label_key
+    owner: dict[str, str] = {}
+    for path in records.names:
+        other = owner.setdefault(name_of(path), path)
+        if other != path:
+            raise ValueError(
+                f"the labels of {other} and {path} would both be called {name_of(path)!r}; rename one of the images"
+            )
+
+
+def write_output(
+    options: GenerateOptions, records: ImageRecords, teacher: str, folder: BlockFolder, stop: StopRequest
+) -> Totals | None:
+    """Write what the blocks hold to the output, which gets its name when it is whole.
+
+    Returns the totals, or None where ``stop`` came between; then nothing is left of the output.
+
+    Raises:
+        ValueError: A block is damaged, or not one image has a label.
+    """
+    writer = write_published if options.format == "published" else write_packed
+    counts, skipped = np.zeros(3, dtype=np.int64), []
+    progress = Progress(len(folder), "writing", log_every=max(len(folder) // 10, 1))
+
+    def labels() -> Iterator[tuple[str, TokenLabelMap]]:
+        for number in range(len(folder)):
+            if stop.requested:
+                raise Stopped
+            block = folder.read(number)
+            counts[:] += (len(block.labels), *block.correct)
+            skipped.extend(block.skipped.values())
+            yield from ((records.name(index), label) for index, label in block.labels)
+            progress.update(1)
+        if not counts[0]:
+            raise ValueError(f"none of the {len(skipped)} images could be read, so there is no label. {skipped[0]}")
+
+    with contextlib.closing(progress):
+        try:
+            writer(options, records, teacher, labels())
+        except Stopped:
+            return None
+    return Totals(*counts.tolist(), skipped)
+
+
+def write_packed(
+    options: GenerateOptions, records: ImageRecords, teacher: str, labels: Iterator[tuple[str, TokenLabelMap]]
+) -> None:
+    """Write (image path, map) as one store."""
+    with StoreWriter(
+        options.output,
+        teacher=teacher,
+        geometry=options.geometry,
+        top_k=options.top_k,
+        num_classes=len(records.classes),
+        classes=records.classes,
+        exif=options.exif,
+    ) as store:
+        for path, label in labels:
+            store.add(label_key(path), label)
+
+
+def write_published(
+    options: GenerateOptions, records: ImageRecords, teacher: str, labels: Iterator[tuple[str, TokenLabelMap]]
+) -> None:
+    """Write (image path, map) as one file an image, float16 [2, k, h, w]: scores, and class indices."""
+    output = Path(options.output)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for path, label in labels:
+            file = partial / f"{published_name(path)}.pt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            planes = np.stack([label.scores, label.classes.astype(np.float16)])
+            torch.save(torch.from_numpy(planes), file)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    os.replace(partial, output)

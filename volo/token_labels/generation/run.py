@@ -1,0 +1,276 @@
+"""From a teacher and a folder of images to their token labels: what scripts/generate_token_labels.py does.
+
+The sorted list of images is cut into blocks; each process labels every R-th of those that are left and saves it. When
+all are there, the first process writes them out. Which images share a forward pass depends on the block alone, so the
+labels are the same for any number of processes and any number of interruptions.
+
+C classes, R processes; for other letters see :mod:`volo.token_labels.generation.labeller`.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from volo.data.sources.records import ImageRecords
+from volo.engine.precision import Precision
+from volo.models import read_checkpoint
+from volo.reporting import Progress, setup_logging
+from volo.runtime import distributed
+from volo.runtime.distributed import World, worker_count
+from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
+from volo.runtime.signals import StopRequest
+from volo.token_labels.generation.label_blocks import BlockFolder
+from volo.token_labels.generation.labeller import Labeller
+from volo.token_labels.generation.options import GenerateOptions
+from volo.token_labels.generation.output import Stopped, Totals, require_storable, write_output
+from volo.token_labels.generation.teacher import Teacher
+from volo.token_labels.generation.teacher_factory import WeightsNotFetched, make_teacher
+from volo.token_labels.generation.teacher_input import Chunk, read_chunks
+from volo.token_labels.images import OPTIONS_HERE, open_images
+
+_logger = logging.getLogger("volo")
+
+# The functions that reading images and making models are shared with name the options of train.py.
+_OPTIONS_HERE = OPTIONS_HERE | {
+    "model.img_size": "--img_size",
+    "train.precision": "--precision",
+    "train.device": "--device",
+}
+
+
+def run_generation(options: GenerateOptions) -> int:
+    """Label as asked; return the exit code (see :mod:`volo.runtime.program`)."""
+    stop = StopRequest()
+    try:
+        return _run(options, stop)
+    finally:
+        stop.restore()
+
+
+def _run(options: GenerateOptions, stop: StopRequest) -> int:
+    with _checking_options():
+        world = distributed.initialise(options.device)
+        setup_logging(None, world.is_main, world.rank)
+        precision = Precision.resolve(options.precision, world.device)
+        records = distributed.on_main(lambda: find_images(options))
+    file = read_checkpoint(options.teacher_checkpoint) if options.teacher_checkpoint else None
+    with _checking_options():
+        teacher, grid = prepare_teacher(options, records.classes, file, world.device)
+        del file
+        folder = BlockFolder(_parts(options), len(records), options.block_size, options.top_k)
+        distributed.on_main(lambda: folder.open(identity(options, records, teacher, precision)), lambda _: None)
+    remaining = distributed.on_main(folder.remaining)
+    _logger.info("%s", describe(options, records, teacher, grid, precision, world))
+    if done := len(folder) - len(remaining):
+        _logger.info("going on in %s: %d of %d blocks are done", folder.path, done, len(folder))
+
+    label_blocks(options, records, teacher, precision, world, folder, remaining, stop)
+    if distributed.max_over_ranks([float(stop.requested)])[0]:
+        return _stopped(folder)
+    if not world.is_main:
+        return DONE  # rather than wait for the other, which may take longer than collectives wait
+    totals = write_output(options, records, teacher.full_name(), folder, stop)
+    if totals is None:
+        return _stopped(folder)
+    folder.remove()
+    _logger.info("%s", closing_words(options, totals))
+    return DONE
+
+
+def find_images(options: GenerateOptions) -> ImageRecords:
+    """List the images; ValueError where they, or the place for their labels, are not as they should be."""
+    output = Path(options.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists already; it is not touched: name another, or move it away")
+    if options.teacher_checkpoint and not os.path.isfile(options.teacher_checkpoint):
+        raise ValueError(f"--teacher_checkpoint is {options.teacher_checkpoint!r}, which is not a file")
+    records = open_images(options.images, options.class_list, options.labels, options.cache)
+    require_storable(options.format, records)
+    return records
+
+
+def prepare_teacher(
+    options: GenerateOptions, classes: tuple[str, ...], file: dict | None, device: torch.device
+) -> tuple[Teacher, tuple[int, int]]:
+    """Return the teacher on ``device`` and the (rows, cols) of its map of an input of the size asked for."""
+    if options.top_k > len(classes):
+        raise ValueError(
+            f"--top_k is {options.top_k}, and there are {len(classes)} classes: give --top_k {len(classes)} or less"
+        )
+    auto_ema = options.weights == "auto" and (file or {}).get("evaluated_weights") == "ema"
+    teacher = make_teacher(
+        options.teacher,
+        classes,
+        file=file,
+        path=options.teacher_checkpoint,
+        use_ema=options.weights == "ema" or auto_ema,
+        random_weights=options.random_weights,
+        image_hw=options.image_hw,
+    )
+    teacher.model.to(device)
+    if device.type == "cuda":
+        teacher.model.to(memory_format=torch.channels_last)
+    if options.random_weights:
+        _logger.warning("random weights: the labels say nothing about the images")
+    return teacher, teacher.check(device)
+
+
+def identity(
+    options: GenerateOptions, records: ImageRecords, teacher: Teacher, precision: Precision
+) -> dict[str, str | int]:
+    """Return all that the labels depend on: what a run that goes on must have in common with the one before."""
+    images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
+    images.update(records.labels.tobytes())
+    classes = hashlib.sha256("\n".join(records.classes).encode())
+    return {
+        "teacher": options.teacher,
+        "weights": teacher.fingerprint(),
+        "geometry": options.geometry,
+        "img_size": "x".join(map(str, teacher.input.image_hw)),
+        "top_k": options.top_k,
+        "precision": precision.name,
+        "exif": options.exif,
+        "block_size": options.block_size,
+        "list of images": f"{len(records)}, sha256 {images.hexdigest()}",
+        "list of classes": f"{len(records.classes)}, sha256 {classes.hexdigest()}",
+    }
+
+
+def label_blocks(
+    options: GenerateOptions,
+    records: ImageRecords,
+    teacher: Teacher,
+    precision: Precision,
+    world: World,
+    folder: BlockFolder,
+    remaining: list[int],
+    stop: StopRequest,
+) -> None:
+    """Label this process's share of the ``remaining`` blocks and save each; ``stop`` ends it, the blocks stay."""
+    mine = remaining[world.rank :: world.size]
+    if not mine:
+        return
+    blocks = [folder.images(number) for number in mine]
+    chunks, num_chunks = read_chunks(
+        records,
+        blocks,
+        teacher.input,
+        geometry=options.geometry,
+        exif=options.exif,
+        workers=worker_count(options.workers),
+    )
+    labeller = Labeller(
+        teacher, records, world.device, precision.autocast, options.top_k, options.batch_size, options.on_error
+    )
+    total = sum(map(len, blocks))
+    title = "labels" if world.size == 1 else f"labels, process 1 of {world.size}"
+    progress = Progress(total, title, enabled=world.is_main, log_every=max(total // 100, 500))
+    begin, seen = time.perf_counter(), 0
+
+    def count(images: int) -> None:
+        nonlocal seen
+        seen += images
+        progress.update(images, images_per_s=world.size * seen / (time.perf_counter() - begin))
+        if stop.requested:
+            raise Stopped
+
+    def until_stopped(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            if stop.requested:
+                raise Stopped
+            yield chunk
+
+    with contextlib.closing(progress), contextlib.suppress(Stopped):
+        for number, length in zip(mine, num_chunks, strict=True):
+            block = labeller.block(until_stopped(itertools.islice(chunks, length)), count)
+            folder.write(number, block)
+
+
+def describe(
+    options: GenerateOptions,
+    records: ImageRecords,
+    teacher: Teacher,
+    grid: tuple[int, int],
+    precision: Precision,
+    world: World,
+) -> str:
+    """Return what the run does, in effective values, for the head of the log."""
+    height, width = teacher.input.image_hw
+    size = f"{height}x{width} pixels, {grid[0]}x{grid[1]} cells"
+    if options.geometry == "reference":
+        shown = f"shorter side resized, centre crop: {size}"
+    elif teacher.input.keeps_aspect:
+        shown = f"whole image in its aspect ratio, pixels and cells as many as {size}"
+    else:
+        shown = f"whole image squeezed to {size}"
+    weights = options.teacher_checkpoint or ("random" if options.random_weights else "pretrained by timm")
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    rows = [
+        ("teacher", f"{teacher.name}, weights {weights}, {teacher.num_classes:,} classes"),
+        ("images", f"{len(records):,} in {options.images}"),
+        ("input", shown),
+        ("labels", f"top {options.top_k} of each cell to {options.output} ({options.format})"),
+        ("processes", f"{world.size} on {device}, precision {precision.name}"),
+    ]
+    if records.ignored:
+        rows.append(("ignored", f"{records.ignored} files that are hidden, or no images by their suffix"))
+    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+
+
+def closing_words(options: GenerateOptions, totals: Totals) -> str:
+    """Return the last lines: where the labels are, what has none, and how good the teacher is on these images.
+
+    The list of what has none is written beside the output, too.
+    """
+    lines = [f"labels of {totals.images:,} images: {options.output}"]
+    if totals.skipped:
+        listed = Path(f"{options.output}.skipped.txt")
+        listed.write_text("\n".join(totals.skipped) + "\n", encoding="utf-8", errors="surrogateescape")
+        lines.append(f"{len(totals.skipped):,} images cannot be read and have no label (all of them: {listed}):")
+        lines += [f"  {reason}" for reason in totals.skipped[:10]]
+    shares = [
+        f"{name} {100 * count / totals.images:.3f} % ({count:,} of {totals.images:,})"
+        for name, count in (("top-1", totals.top1_correct), ("top-5", totals.top5_correct))
+    ]
+    if options.format == "published" and (options.geometry, options.exif) != ("reference", "ignore"):
+        # Read as they are, they would be taken for what the published archive is.
+        lines.append(
+            "the published layout does not say what its maps show: before training, pack them with "
+            f"scripts/pack_token_labels.py --source {options.output} --geometry {options.geometry} "
+            f"--exif {options.exif}"
+        )
+    return "\n".join([*lines, f"accuracy of the teacher on these images: {', '.join(shares)}"])
+
+
+def _stopped(folder: BlockFolder) -> int:
+    left = len(folder.remaining())
+    _logger.info(
+        "stopped by a signal: %d of %d blocks are kept in %s; the same command goes on from there",
+        len(folder) - left,
+        len(folder),
+        folder.path,
+    )
+    return STOPPED
+
+
+def _parts(options: GenerateOptions) -> Path:
+    output = Path(options.output)
+    return output.with_name(f"{output.name}.parts")
+
+
+@contextlib.contextmanager
+def _checking_options() -> Iterator[None]:
+    """Turn the ValueErrors of the block, all found before any work, into UsageError, in the words of our options."""
+    try:
+        yield
+    except WeightsNotFetched:
+        raise
+    except ValueError as error:
+        raise UsageError(with_options_of(_OPTIONS_HERE, str(error))) from error
