@@ -22,7 +22,7 @@ if __name__ == "__main__":
     config, values = parse(parser, sys.argv[1:])
 
     from volo.runtime.program import finish
-    from volo.validation import Options, run_validation
+    from volo.validation import ValidationOptions, run_validation
 
-    options = Options(**{**values, "v2": tuple(values["v2"])})
+    options = ValidationOptions(**{**values, "v2": tuple(values["v2"])})
     finish(lambda: run_validation(config, options))

@@ -43,7 +43,7 @@ def main() -> None:
         classes = Path(folder, "classes.txt")
         classes.write_text("\n".join(names))
         with StoreWriter(
-            Path(folder, "labels"), teacher="clusters", geometry="whole_image", top_k=1, num_classes=len(names)
+            Path(folder, "labels"), teacher="clusters", covers="whole_image", top_k=1, num_classes=len(names)
         ) as store:
             for name, photo in photos.items():
                 Path(folder, "train", name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def main() -> None:
             "data.class_list": classes,
             "model.num_classes": len(names),
             "token_label.root": Path(folder, "labels"),
-            "token_label.geometry": "aligned",
+            "token_label.covers": "aligned",
             "augment.erase_prob": 0,
             "train.batch_size": 2,
             "images": 2,

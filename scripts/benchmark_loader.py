@@ -5,7 +5,7 @@ slows them all; a ratio is the median of the rounds' own. The clock counts the t
 a slow disk makes them wait is left out (but by workers, where it is the clock on the wall). What is timed ends with a
 uint8 batch on the host: normalisation and erasing follow on the device, here as with timm's loader.
 
-- ours: the batches of a training run; order reference with labels from a packed store, order timm without.
+- ours: the batches of a training run; order published with labels from a packed store, order timm without.
 - ours, Pillow: the same with augment.backend pillow.
 - published way: the order of the published token-label loader in timm's and Pillow's own operations, the label map of
   each image from a .pt file, flipped and warped as there. Its dense targets, which it builds in the workers too, are
@@ -83,7 +83,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=20, help="images a batch (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="times each goes through the images (default: 5)")
     parser.add_argument("--workers", type=int, nargs="*", help="numbers of workers to try (default: 1, 2, 4 ... cores)")
-    parser.add_argument("--geometry", choices=["reference", "aligned"], default="reference", help="of the label maps")
+    parser.add_argument("--geometry", choices=["published", "aligned"], default="published", help="of the label maps")
     parser.add_argument("--target", type=float, default=16000, help="images a second to feed (default: 16000)")
     parser.add_argument("--json", help="write the result to this file too")
     args = parser.parse_args(words)
@@ -121,7 +121,7 @@ class Bench:
 
     def __post_init__(self):
         self.image_hw = (self.args.img_size,) * 2
-        self.recipe = AugmentConfig(order="reference")
+        self.recipe = AugmentConfig(order="published")
         self.labels = write_labels(self.records, self.folder)
         self.source = LabelSource(
             str(self.folder / "store"),
@@ -295,7 +295,7 @@ class Files:
 def write_labels(records: ImageRecords, folder: Path) -> list[Path]:
     """Write a label map an image, drawn at random, into a store and as .pt files; return the latter's paths."""
     rng, paths, shape = np.random.default_rng(0), [], (TOP_K, MAP_SIDE, MAP_SIDE)
-    header = {"teacher": "random", "geometry": "reference", "top_k": TOP_K, "num_classes": CLASSES}
+    header = {"teacher": "random", "covers": "center_crop", "top_k": TOP_K, "num_classes": CLASSES}
     with StoreWriter(folder / "store", **header) as store:
         for index, name in enumerate(records.names):
             scores = rng.normal(8, 2, shape).astype(np.float16)

@@ -20,9 +20,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="store to write (a folder)")
     parser.add_argument("--teacher", default="published", help="name of the network that gave the labels")
     parser.add_argument(
-        "--geometry",
-        choices=("reference", "whole_image"),
-        default="reference",
+        "--covers",
+        choices=("center_crop", "whole_image"),
+        default="center_crop",
         help="what a map covers: a centre crop, as in the published labels, or the whole image",
     )
     parser.add_argument(
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
     # What takes seconds to import comes after the options are known to be right.
     from volo.runtime.program import finish
-    from volo.token_labels.pack import Options, run_packing
+    from volo.token_labels.pack import PackOptions, run_packing
 
-    options = Options(**{**values, "overwrite": values["overwrite"] == "true"})
+    options = PackOptions(**{**values, "overwrite": values["overwrite"] == "true"})
     finish(lambda: run_packing(options))

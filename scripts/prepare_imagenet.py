@@ -88,7 +88,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(values: argparse.Namespace) -> int:
     # What takes seconds to import comes after the options are known to be right.
     from volo.prepare_imagenet.index import run_index
-    from volo.prepare_imagenet.official import Source
+    from volo.prepare_imagenet.official import ImageNetFiles
     from volo.prepare_imagenet.shard import ShardOptions, run_shard
     from volo.prepare_imagenet.unpack import run_unpack
     from volo.prepare_imagenet.verify import run_verify
@@ -100,7 +100,7 @@ def main(values: argparse.Namespace) -> int:
     try:
         if values.command == "verify":
             return run_verify(values.source, dict(text.split("=", 1) for text in values.md5), values.cache)
-        source = Source(values.source, tuple(values.splits), tuple(values.expect), values.cache, values.devkit)
+        source = ImageNetFiles(values.source, tuple(values.splits), tuple(values.expect), values.cache, values.devkit)
         if values.command == "index":
             return run_index(source)
         if values.command == "unpack":

@@ -23,7 +23,7 @@ def main() -> None:
 
     import torch
 
-    from volo.build import BatchPlan, load_splits, make_train_loader, open_token_labels
+    from volo.build import BatchLayout, load_splits, make_train_loader, open_token_labels
     from volo.engine.learner import Learner
     from volo.engine.preview import batch_picture
     from volo.runtime.distributed import World
@@ -32,7 +32,7 @@ def main() -> None:
     def body() -> int:
         world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
         with checking_usage():
-            plan = BatchPlan.of(config, world.size)
+            plan = BatchLayout.of(config, world.size)
             splits = load_splits(config)
             learner = Learner(config, world, plan, state=None)
             labels = open_token_labels(config, splits, learner.grid)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from volo.build import BatchPlan, Splits, check_same_images, check_same_run, default_name, load_splits
+from volo.build import BatchLayout, Splits, check_same_images, check_same_run, default_name, load_splits
 from volo.cli import config_to_dict
 from volo.config import Config, MixConfig, ModelConfig, TrainConfig
 from volo.data.sources.base import FolderSource, PackedNames
@@ -18,9 +18,9 @@ from volo.data.sources.records import ImageRecords
 # -------------------------------------------------------------------------------------------------- batch plan
 
 
-def plan(total: int, most: int, world: int, cutmix: float = 0.0) -> BatchPlan:
+def plan(total: int, most: int, world: int, cutmix: float = 0.0) -> BatchLayout:
     train = TrainConfig(batch_size=total, device_batch_size=most)
-    return BatchPlan.of(Config(train=train, mix=MixConfig(cutmix=cutmix)), world)
+    return BatchLayout.of(Config(train=train, mix=MixConfig(cutmix=cutmix)), world)
 
 
 @given(total=st.integers(1, 3000), most=st.integers(1, 300), world=st.integers(1, 64), cutmix=st.booleans())

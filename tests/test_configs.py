@@ -93,14 +93,14 @@ def test_paper_recipe_has_the_published_values(recipe):
     assert config.loss.smoothing == 0.1
     assert (config.loss.cls_weight, config.loss.dense_weight) == (1.0, 0.5)
     assert (config.mix.mix_token, config.mix.mixup, config.mix.cutmix) == (True, 0, 0)
-    assert (config.token_label.geometry, config.token_label.smoothing) == ("reference", "published")
+    assert (config.token_label.geometry, config.token_label.smoothing) == ("published", "published")
     assert config.token_label.ground_truth == ("off" if config.model.img_size == 224 else "published")
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda r: r.stem)
 def test_paper_recipe_augments_as_published(recipe):
     augment = load("--config", str(recipe)).augment
-    assert (augment.order, augment.crop) == ("reference", "random_resized")
+    assert (augment.order, augment.crop) == ("published", "random_resized")
     assert (augment.scale, augment.ratio) == ([0.08, 1.0], [0.75, 4 / 3])
     assert (augment.hflip, augment.vflip, augment.erase_prob) == (0.5, 0, 0.25)
     assert (augment.rand_augment, augment.interpolation) == ("rand-m9-mstd0.5-inc1", "random")

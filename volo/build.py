@@ -25,7 +25,7 @@ _logger = logging.getLogger("volo")
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchLayout:
     """How the global batch is spread: every process takes ``micro_batches`` passes of ``micro_size`` images."""
 
     global_size: int
@@ -34,7 +34,7 @@ class BatchPlan:
     micro_size: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int) -> "BatchPlan":
+    def of(cls, config: Config, world_size: int) -> "BatchLayout":
         """Plan ``train.batch_size`` over ``world_size`` processes; ValueError where it does not divide."""
         total, most = config.train.batch_size, config.train.device_batch_size
         if total < world_size:
@@ -123,7 +123,7 @@ def open_token_labels(
 
 
 def make_train_loader(
-    config: Config, records: ImageRecords, world: World, plan: BatchPlan, token_labels: LabelSource | None = None
+    config: Config, records: ImageRecords, world: World, plan: BatchLayout, token_labels: LabelSource | None = None
 ) -> TrainLoader:
     """Return this rank's training batches, with label maps where they are given."""
     return train_loader(
@@ -160,7 +160,7 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
     )
 
 
-def require_shared_memory(config: Config, plan: BatchPlan | None, val: ImageRecords | None) -> None:
+def require_shared_memory(config: Config, plan: BatchLayout | None, val: ImageRecords | None) -> None:
     """Raise ValueError, on every rank, where a machine's /dev/shm has no room for the batches that are read ahead.
 
     Args:

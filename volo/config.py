@@ -148,7 +148,7 @@ class AugmentConfig:
     """Augmentation of one training image.
 
     Args:
-        order: "timm" crops, then flips, then applies RandAugment; "reference" flips, applies RandAugment to the
+        order: "timm" crops, then flips, then applies RandAugment; "published" flips, applies RandAugment to the
             whole image and crops last, as the published token-labeling loader does.
         crop: "random_resized", or "shift": resize to the input size, pad with black, crop at a random offset.
         scale: Area of the random resized crop over the image's, [smallest, largest].
@@ -166,7 +166,7 @@ class AugmentConfig:
             the same.
     """
 
-    order: Literal["timm", "reference"] = "timm"
+    order: Literal["timm", "published"] = "timm"
     crop: Literal["random_resized", "shift"] = "random_resized"
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -255,9 +255,8 @@ class TokenLabelConfig:
     Args:
         root: A packed store (scripts/generate_token_labels.py, scripts/pack_token_labels.py) or a folder in the
             published layout; without one, the image's own label is the target of every token.
-        geometry: How label maps follow the pixels: "aligned" exactly; "reference" as the published code leads them,
-            its errors and its dense targets included, bit for bit, for the paper's recipes; "reference_sparse" the
-            same to float rounding, in less memory.
+        geometry: How label maps follow the pixels: "aligned" exactly; "published" as in the published code,
+            bit for bit, its errors and dense targets included, for the paper's recipes.
         smoothing: "exact": smoothed rows sum to 1; "published": to 1 + smoothing / classes, as in the published code.
         ground_truth: Blend the image's own label into the class target, for fine-tuning: "published" trusts a
             teacher that misses it more (0.9) than one that finds it (0.5); "corrected" trusts it less (0.1).
@@ -265,7 +264,7 @@ class TokenLabelConfig:
     """
 
     root: str | None = None
-    geometry: Literal["aligned", "reference", "reference_sparse"] = "aligned"
+    geometry: Literal["aligned", "published"] = "aligned"
     smoothing: Literal["exact", "published"] = "exact"
     ground_truth: Literal["off", "published", "corrected"] = "off"
     verify_checksums: bool = False
@@ -401,7 +400,7 @@ class TrainConfig:
         device: "auto" takes CUDA where it is found; or "cuda", "cpu".
         compile: Compile network and loss with torch.compile.
         kernel: Kernel of outlook attention: "auto" takes the native one (C++ on the CPU, Triton on CUDA) where it
-            runs, else the reference in plain PyTorch; or insist on "native" or "reference".
+            runs, else "eager", the operator in plain PyTorch; "native" fails where it does not run.
         recompute: What is computed again in the backward pass instead of being kept: "none"; "cheap", what costs a
             few percent of a step and halves the memory; "blocks", everything but the inputs of blocks.
         channels_last: Keep image tensors in channels-last memory order.
@@ -421,7 +420,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16", "apex_o1"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool = False
-    kernel: Literal["auto", "reference", "native"] = "auto"
+    kernel: Literal["auto", "eager", "native"] = "auto"
     recompute: Literal["none", "cheap", "blocks"] = "cheap"
     channels_last: bool = False
     sync_bn: bool = False
@@ -476,9 +475,9 @@ class Config:
         )
         if self.token_label.root is not None and self.token_label.geometry != "aligned":
             _require(
-                self.augment.order == "reference" and self.augment.crop == "random_resized",
+                self.augment.order == "published" and self.augment.crop == "random_resized",
                 f"token_label.geometry {self.token_label.geometry!r} leads label maps through flip, RandAugment "
-                "and random resized crop in that order: set augment.order to reference and augment.crop to "
+                "and random resized crop in that order: set augment.order to published and augment.crop to "
                 "random_resized, or token_label.geometry to aligned",
             )
         _require(

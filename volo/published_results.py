@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Accuracy(NamedTuple):
-    """Accuracy on one dataset in percent."""
+class PublishedAccuracy(NamedTuple):
+    """PublishedAccuracy on one dataset in percent."""
 
     top1: float
     top5: float
@@ -48,7 +48,7 @@ class Published:
     paper_top1: float
     official_crop_pct: float
     timm_crop_pct: float
-    timm: dict[str, Accuracy]
+    timm: dict[str, PublishedAccuracy]
 
     @property
     def key(self) -> str:
@@ -84,4 +84,6 @@ def published_top1(model: str, resolution: int, dataset: str) -> list[PublishedT
 def _row(fields: dict) -> Published:
     timm = fields.pop("timm")
     crop_pct = timm.pop("crop_pct")
-    return Published(**fields, timm_crop_pct=crop_pct, timm={name: Accuracy(**acc) for name, acc in timm.items()})
+    return Published(
+        **fields, timm_crop_pct=crop_pct, timm={name: PublishedAccuracy(**acc) for name, acc in timm.items()}
+    )

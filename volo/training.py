@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from volo.build import (
-    BatchPlan,
+    BatchLayout,
     RunFolder,
     check_same_images,
     git_revision,
@@ -44,7 +44,7 @@ def run_training(config: Config) -> int:
         path, state = find_checkpoint(run, config, world)
         if state is not None:
             check_same_images(state, splits, config.train.batch_size)
-        require_shared_memory(config, BatchPlan.of(config, world.size), splits.val)
+        require_shared_memory(config, BatchLayout.of(config, world.size), splits.val)
         trainer = Trainer(config, world, run, splits, state)
         distributed.on_main(lambda: run.write_config(config))
     _logger.info("%s", describe(trainer))
@@ -72,7 +72,7 @@ def check_options(config: Config, world: World) -> None:
 
     Raises ValueError.
     """
-    BatchPlan.of(config, world.size)
+    BatchLayout.of(config, world.size)
     require_start(config)
     Precision.resolve(config.train.precision, world.device)
     check_optimizer(config.optim)

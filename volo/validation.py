@@ -15,7 +15,7 @@ from volo.config import Config
 from volo.data.pixels.transforms import Backend, EvalTransform
 from volo.data.sources.folders import folder_layout, scan_class_folders
 from volo.data.sources.formats import open_split
-from volo.data.sources.listing_cache import Manifests
+from volo.data.sources.listing_cache import ListingCache
 from volo.data.sources.records import ImageRecords, class_names, imagenet_classes
 from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 from volo.engine.learner import build_model
@@ -23,7 +23,7 @@ from volo.engine.precision import Precision
 from volo.models import load_checkpoint
 from volo.models.weights import LoadReport, read_checkpoint
 from volo.published_results import published_top1
-from volo.reporting import Progress, setup_logging, text_table, write_results
+from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.program import DONE, UsageError, checking_usage
@@ -35,7 +35,7 @@ V2_VARIANTS = ("matched-frequency", "threshold-0.7", "top-images")
 
 
 @dataclass(frozen=True)
-class Options:
+class ValidationOptions:
     """The options that validate.py has beside the recipe's.
 
     Args:
@@ -65,7 +65,7 @@ class Dataset:
     real: ReaLLabels | None = None
 
 
-def run_validation(config: Config, options: Options) -> int:
+def run_validation(config: Config, options: ValidationOptions) -> int:
     """Evaluate as asked, print the table, write results.json and results.csv; return the exit code."""
     with checking_usage():
         world = distributed.initialise(config.train.device)
@@ -107,7 +107,7 @@ def run_validation(config: Config, options: Options) -> int:
     return DONE
 
 
-def output_folder(options: Options) -> Path:
+def output_folder(options: ValidationOptions) -> Path:
     """Make the folder for the results, before hours of work; ValueError where it cannot be written to."""
     folder = Path(options.output or (Path(options.checkpoint).parent if options.checkpoint else "."))
     try:
@@ -119,7 +119,7 @@ def output_folder(options: Options) -> Path:
     return folder
 
 
-def load_weights(model: nn.Module, options: Options) -> tuple[LoadReport | None, tuple[str, ...] | None]:
+def load_weights(model: nn.Module, options: ValidationOptions) -> tuple[LoadReport | None, tuple[str, ...] | None]:
     """Load the checkpoint; return the report and the class names that the file carries, if it does."""
     if options.checkpoint is None:
         _logger.warning("random weights: the numbers below say nothing about any trained network")
@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, options: Options) -> tuple[LoadReport | None,
     return report, tuple(classes) if classes else None
 
 
-def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | None) -> list[Dataset]:
+def find_datasets(config: Config, options: ValidationOptions, classes: tuple[str, ...] | None) -> list[Dataset]:
     """List the images of every data set asked for; ValueError names what is missing."""
     if classes is None:
         train = None
@@ -151,7 +151,7 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
         raise ValueError(
             "--real counts with labels of the 1,000 ImageNet classes, and the network's classes are not these synsets"
         )
-    manifests = Manifests.of(config.data.cache, config.data.relist)
+    listing_cache = ListingCache.of(config.data.cache, config.data.relist)
     datasets = []
     if config.data.val_split != "none":
         records = open_split(config.data, "val").records(classes)
@@ -163,7 +163,7 @@ def find_datasets(config: Config, options: Options, classes: tuple[str, ...] | N
     for folder in options.v2:
         if not of_imagenet:
             raise ValueError("--v2 evaluates on ImageNet-V2, but the network's classes are not the ImageNet synsets")
-        records = scan_class_folders(folder, classes, folder_layout(folder, classes), manifests)
+        records = scan_class_folders(folder, classes, folder_layout(folder, classes), listing_cache)
         variant = v2_variant(folder)
         datasets.append(Dataset(f"imagenet-v2 {variant}", records, f"v2-{variant}"))
     if not datasets:
@@ -179,7 +179,7 @@ def v2_variant(folder: str) -> str:
 
 
 def describe(
-    config: Config, options: Options, report: LoadReport | None, precision: Precision, world: World
+    config: Config, options: ValidationOptions, report: LoadReport | None, precision: Precision, world: World
 ) -> dict[str, str]:
     """Return everything the numbers depend on, as it is stored with each of them."""
     height, width = config.model.image_hw
@@ -210,7 +210,7 @@ def evaluate_dataset(
 ) -> list[dict]:
     """Evaluate on one data set; return one result row, and a second one with ReaL labels where asked for."""
     loader = make_eval_loader(config, dataset.records, world)
-    bar = Progress(total=len(loader), title=dataset.name, enabled=world.is_main, log_every=50)
+    bar = ProgressBar(total=len(loader), title=dataset.name, enabled=world.is_main, log_every=50)
     begin = time.perf_counter()
     evaluation = evaluate(
         model,

@@ -15,7 +15,7 @@ from volo.data.pixels.rand_augment import Op
 from volo.data.pixels.render import Pixels, reused
 from volo.data.pixels.transforms import Plan, TrainTransform
 from volo.data.sources.archives import ArchiveSource
-from volo.data.sources.base import FolderSource, PackedNames, Source
+from volo.data.sources.base import FolderSource, ImageSource, PackedNames
 from volo.data.sources.ranges import RangeReader
 from volo.data.sources.records import ImageRecords
 
@@ -27,7 +27,7 @@ def names_like_imagenet() -> PackedNames:
     return PackedNames.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i % 10000}.JPG" for i in range(IMAGES))
 
 
-def sources() -> dict[str, Source]:
+def sources() -> dict[str, ImageSource]:
     names = names_like_imagenet()
     number, places = np.zeros(IMAGES, dtype=np.int32), np.arange(IMAGES)
     return {
@@ -77,7 +77,7 @@ def test_a_forked_worker_copies_nothing_of_the_index():
     assert growth_in_a_fork(lambda i: listed[i]) > whole / 2
 
 
-@pytest.mark.skipif(pixels.why_not() is not None, reason="there is no compiler")
+@pytest.mark.skipif(pixels.unavailable_reason() is not None, reason="there is no compiler")
 def test_memory_of_a_huge_image_is_not_kept():
     """100 MB for the pixels and as much for each operation; what is kept is for images of a common size."""
     transform = TrainTransform(AugmentConfig(backend="native"), (32, 32))
@@ -85,7 +85,7 @@ def test_memory_of_a_huge_image_is_not_kept():
 
     def augment(side: int) -> None:
         image = Pixels(side, side, lambda box: reused(side, side))
-        transform.apply(image, Plan("reference", ResizedCrop(0, 0, side, side, Image.Resampling.BILINEAR), ops=ops))
+        transform.apply(image, Plan("published", ResizedCrop(0, 0, side, side, Image.Resampling.BILINEAR), ops=ops))
 
     augment(500)
     kept, before = pixels._memory.array, own_kilobytes()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volo.build import BatchPlan, require_shared_memory
+from volo.build import BatchLayout, require_shared_memory
 from volo.data import shared_memory
 from volo.data.shared_memory import ReadAhead, lacking_room
 from volo.data.sources.base import FolderSource, PackedNames
@@ -74,7 +74,7 @@ def test_it_is_found_before_the_first_step(free, tiny_config):
     val = ImageRecords(
         FolderSource("", PackedNames.of(["a/1.png", "a/2.png", "a/3.png"])), np.zeros(3, dtype=np.int64), ("a", "b")
     )
-    plan = BatchPlan.of(config, 1)
+    plan = BatchLayout.of(config, 1)
     free(needed)
     require_shared_memory(config, plan, val)
     free(needed - 1)

@@ -151,7 +151,7 @@ def write_unusual(folder: Path, shown: Image.Image) -> dict[str, str]:
 def test_unusual_images_are_read_in_training_and_evaluation(recipe, images, tmp_path):
     for split in ("train", "val"):
         notes = write_unusual(images / split / "disc", programs.picture("disc", 7))
-    trained = programs.run(TRAIN, "--config", recipe, "--augment.order", "reference", cwd=tmp_path).assert_done()
+    trained = programs.run(TRAIN, "--config", recipe, "--augment.order", "published", cwd=tmp_path).assert_done()
     assert "24 to train on, 12 to evaluate on" in trained.out
     assert "(12 images)" in trained.out, "every one was evaluated"
     words = ("--config", recipe, "--checkpoint", "runs/run/best.pt", "--output", tmp_path)

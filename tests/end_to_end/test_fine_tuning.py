@@ -73,7 +73,7 @@ def test_a_recipe_goes_from_224_to_a_larger_grid(recipe, side, images, start, tm
     ended = run(TRAIN, *words(recipe, images, **{"model.checkpoint": start}), cwd=tmp_path).assert_done()
     folder = tmp_path / "runs/run"
     assert f"position embedding resized from 14x14 to {side}x{side}" in ended.out
-    assert f"read as reference for a grid of {side}x{side} tokens" in ended.out
+    assert f"read as published for a grid of {side}x{side} tokens" in ended.out
     assert ended.out.index("epoch 0: raw weights top-1") < ended.out.index("epoch 1/1  step 1/2")
 
     # What was evaluated before the first step are the weights that were given.

@@ -33,7 +33,7 @@ def images(tmp_path_factory):
             (root / split / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 30), colour).save(root / split / f"{name}.png")
     scores = np.full((1, 3, 4), 9, np.float16)
-    header = {"teacher": "made by hand", "geometry": "whole_image", "top_k": 1, "num_classes": 3, "classes": CLASSES}
+    header = {"teacher": "made by hand", "covers": "whole_image", "top_k": 1, "num_classes": 3, "classes": CLASSES}
     with StoreWriter(root / "labels", **header) as writer:
         for name in COLOURS:
             writer.add(name, TokenLabelMap(scores, np.full((1, 3, 4), CLASSES.index("disc"), np.int16)))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("token_labels")
 def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0, exif="ignore", one_size=False):
     """A teacher that sees the image's own class everywhere, and a little of the next one in the left half."""
     records = scan_class_folders(str(images / "train"), class_names("folders", FolderSplit(str(images / "train"))))
-    header = {"teacher": "made by hand", "geometry": "whole_image", "top_k": 2}
+    header = {"teacher": "made by hand", "covers": "whole_image", "top_k": 2}
     with StoreWriter(path, **header, num_classes=num_classes or len(classes), classes=classes, exif=exif) as writer:
         for image, label in list(zip(records.names, records.labels, strict=True))[leave_out:]:
             height, width = 5, 6 if one_size else 6 + int(label)  # maps need not be square, nor alike
@@ -56,18 +56,18 @@ def test_training_on_label_maps_is_the_same_run_on_one_and_on_no_workers(images,
     [
         {"mix": {"mix_token": False, "mixup": 0.8, "cutmix": 1.0, "mode": "elem", "off_epoch": 1}},
         {"mix": {"mix_token": False, "cutmix": 1.0, "mode": "pair"}},
-        {"augment": {"order": "reference"}, "token_label": {"geometry": "reference", "smoothing": "published"}},
+        {"augment": {"order": "published"}, "token_label": {"geometry": "published", "smoothing": "published"}},
         {
-            "augment": {"order": "reference"},
-            "token_label": {"geometry": "reference_sparse", "ground_truth": "published"},
+            "augment": {"order": "published"},
+            "token_label": {"geometry": "published", "ground_truth": "published"},
             "mix": {"mixup": 0.5},
         },
         {"token_label": {"ground_truth": "corrected", "verify_checksums": True}, "loss": {"dense_weight": 0}},
     ],
-    ids=["elem mixing that ends", "pair", "reference", "sparse with mixup", "no token term"],
+    ids=["elem mixing that ends", "pair", "published", "published with mixup", "no token term"],
 )
 def test_every_way_to_use_label_maps_trains(options, images, store, tmp_path):
-    if options.get("token_label", {}).get("geometry") == "reference":
+    if options.get("token_label", {}).get("geometry") == "published":
         store = write_store(tmp_path / "labels", images, one_size=True)
     options["token_label"] = {"root": str(store)} | options.get("token_label", {})
     recipe = write_recipe(tmp_path / "recipe.yaml", images, **options)
@@ -105,26 +105,15 @@ def test_labels_that_do_not_belong_are_refused_before_the_first_step(images, sto
         ended.assert_failed(USAGE, *words)
 
 
-def test_reference_geometry_needs_the_reference_order(images, store, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", images, token_label={"root": str(store), "geometry": "reference"})
+def test_published_geometry_needs_the_published_order(images, store, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", images, token_label={"root": str(store), "geometry": "published"})
     run(TRAIN, "--config", recipe, cwd=tmp_path).assert_failed(USAGE, "augment.order")
 
 
 def test_the_published_way_takes_maps_of_one_size(images, store, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", images, augment={"order": "reference"})
+    recipe = write_recipe(tmp_path / "recipe.yaml", images, augment={"order": "published"})
     words = ("--config", recipe, "--token_label.root", store, "--token_label.geometry")
-    run(TRAIN, *words, "reference", cwd=tmp_path).assert_failed(USAGE, str(store), "3 sizes", "reference_sparse")
-
-
-def test_the_published_way_is_the_same_run_sparse(images, tmp_path):
-    """The same losses to float rounding; nothing else differs."""
-    store, losses = write_store(tmp_path / "labels", images, one_size=True), []
-    recipe = write_recipe(tmp_path / "recipe.yaml", images, augment={"order": "reference"}, schedule={"epochs": 1})
-    for geometry in ("reference", "reference_sparse"):
-        words = ("--token_label.root", store, "--token_label.geometry", geometry, "--train.name", geometry)
-        ended = run(TRAIN, "--config", recipe, *words, cwd=tmp_path).assert_done()
-        losses.append([float(value) for value in re.findall(r"  loss ([\d.]+)", ended.out)])
-    assert losses[0] and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    run(TRAIN, *words, "published", cwd=tmp_path).assert_failed(USAGE, str(store), "3 sizes", "aligned")
 
 
 def test_a_damaged_store_is_found_by_its_checksums(images, tmp_path):

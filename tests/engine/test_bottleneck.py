@@ -3,10 +3,10 @@
 import pytest
 
 from volo.engine.bottleneck import LoaderVerdict
-from volo.engine.meters import Pace
+from volo.engine.meters import Throughput
 
 
-def said_by(verdict: LoaderVerdict, *paces: Pace) -> list[int]:
+def said_by(verdict: LoaderVerdict, *paces: Throughput) -> list[int]:
     """At which log lines, counted from 0, something is said."""
     return [line for line, pace in enumerate(paces) if verdict(pace) is not None]
 
@@ -15,22 +15,22 @@ def verdict(workers: int = 8, processes: int = 1, cores: int = 16) -> LoaderVerd
     return LoaderVerdict(workers, processes, cores)
 
 
-SLOW, FAST = Pace(8120, 10.0, 3.7), Pace(8120, 10.0, 0.99)
+SLOW, FAST = Throughput(8120, 10.0, 3.7), Throughput(8120, 10.0, 0.99)
 
 
 def test_it_is_said_once_after_half_a_minute_and_not_by_the_first_line():
     assert said_by(verdict(), *[SLOW] * 20) == [3]
     assert said_by(verdict(), *[FAST] * 20) == []
-    assert said_by(verdict(), Pace(1, 1000.0, 900.0), *[FAST] * 20) == [], "the warm-up counts for nothing"
+    assert said_by(verdict(), Throughput(1, 1000.0, 900.0), *[FAST] * 20) == [], "the warm-up counts for nothing"
     assert said_by(verdict(), *[FAST] * 7, *[SLOW] * 7) == [9], "a loader that becomes slow later is found, too"
-    assert said_by(verdict(), FAST, Pace(9, 29.0, 29.0), Pace(9, 0.5, 0.5), Pace(9, 0.5, 0.5)) == [3]
+    assert said_by(verdict(), FAST, Throughput(9, 29.0, 29.0), Throughput(9, 0.5, 0.5), Throughput(9, 0.5, 0.5)) == [3]
 
 
 @pytest.mark.parametrize(("waited", "says"), [(2.99, False), (3.0, True), (30.0, True)])
 def test_from_a_tenth_of_the_time_on(waited, says):
     judge = verdict()
     judge(FAST)
-    assert (judge(Pace(100, 30.0, waited)) is not None) == says
+    assert (judge(Throughput(100, 30.0, waited)) is not None) == says
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_from_a_tenth_of_the_time_on(waited, says):
 def test_how_much_and_what_may_help(workers, processes, cores, told):
     judge = verdict(workers, processes, cores)
     judge(FAST)
-    words = judge(Pace(812 * 40, 40.0, 14.8))
+    words = judge(Throughput(812 * 40, 40.0, 14.8))
     assert words.startswith("the loader is the bottleneck: the network waits 37 % of the time for images.")
     assert told in words
     assert words.endswith("scripts/benchmark.py loader tells where the time goes") and "\n" not in words

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from volo.engine.checkpoint import CheckpointFolder, Progress, SaveError, read_own_checkpoint, save_atomically
+from volo.engine.checkpoint import CheckpointFolder, SaveError, TrainState, read_own_checkpoint, save_atomically
 
 
 def state(step: int, size: int = 10) -> dict:
     """A checkpoint of our form that knows its step."""
-    progress = Progress(epoch=step, global_step=step, best_top1=1.5)
+    progress = TrainState(epoch=step, global_step=step, best_top1=1.5)
     return {
         "state_dict": {"weight": torch.full((size,), float(step))},
         "optimizer": {"state": {}, "param_groups": []},
@@ -62,9 +62,9 @@ def test_what_is_saved_is_what_is_read(tmp_path):
     save_atomically(state(7), tmp_path / "last.pt")
     read = read_own_checkpoint(tmp_path / "last.pt")
     assert torch.equal(read["state_dict"]["weight"], torch.full((10,), 7.0))
-    progress = Progress()
+    progress = TrainState()
     progress.load_state_dict(read["progress"])
-    assert progress == Progress(epoch=7, global_step=7, best_top1=1.5)
+    assert progress == TrainState(epoch=7, global_step=7, best_top1=1.5)
     assert names(tmp_path) == ["last.pt"]
 
 

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World
-from volo.token_labels.published import ReferenceMaps
+from volo.token_labels.published import PublishedMaps
 
 
-def reference_maps(images: int) -> ReferenceMaps:
+def published_maps(images: int) -> PublishedMaps:
     """Label maps of noise, each looked at in a box of its own."""
     corners = torch.rand(images, 4).sort(dim=1).values * 3
-    return ReferenceMaps(torch.rand(images, 2, 3, 3), torch.randint(3, (images, 2, 3, 3)), corners)
+    return PublishedMaps(torch.rand(images, 2, 3, 3), torch.randint(3, (images, 2, 3, 3)), corners)
 
 
-@pytest.mark.parametrize("geometry", ["aligned", "reference"])
+@pytest.mark.parametrize("geometry", ["aligned", "published"])
 def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geometry):
     """Boxes of MixToken and MixUp change from step to step, and so does the number of classes that a token lists."""
     torch._dynamo.reset()
@@ -24,18 +24,18 @@ def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geome
     sections = {
         "mix": {"mixup": 0.8, "cutmix": 1.0},
         "token_label": {"root": "labels", "ground_truth": "published", "geometry": geometry},
-        "augment": {"order": "reference"} if geometry == "reference" else {},
+        "augment": {"order": "published"} if geometry == "published" else {},
         "optim": {"name": "momentum"},
     }
     learners = {}
     for compiled in (True, False):
         config = tiny_config(**sections, train={"compile": compiled, "batch_size": 6})
-        learners[compiled] = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchPlan.of(config, 1), None)
+        learners[compiled] = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchLayout.of(config, 1), None)
         learners[compiled].wrapped.train()
     for step in range(9):
         batch = make_batch(6, step)
         per_token = (2, 3, 5)[step % 3]  # no size by chance like another
-        maps = make_label_maps(6, 16, per_token) if geometry == "aligned" else reference_maps(6)
+        maps = make_label_maps(6, 16, per_token) if geometry == "aligned" else published_maps(6)
         batch.token_labels = maps
         losses = {name: learner.forward_backward(batch, 0, step, 0).total for name, learner in learners.items()}
         for learner in learners.values():

@@ -11,7 +11,7 @@ import torch
 from processes import run_group
 from torch import nn
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.config import Config
 from volo.data.dataset import Batch
 from volo.engine.learner import Learner
@@ -28,7 +28,7 @@ EVERYTHING_DRAWN = {
 
 
 def make_learner(config: Config, rank: int = 0, size: int = 1, state: dict | None = None) -> Learner:
-    learner = Learner(config, World(rank, size, rank, torch.device("cpu")), BatchPlan.of(config, size), state)
+    learner = Learner(config, World(rank, size, rank, torch.device("cpu")), BatchLayout.of(config, size), state)
     learner.wrapped.train()
     return learner
 

@@ -5,7 +5,7 @@ import torch
 from processes import run_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from volo.engine.meters import Pace, Window, _CudaMark
+from volo.engine.meters import Throughput, Window, _CudaMark
 from volo.losses import LossTerms
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_means_and_rates_by_hand(clock, started):
     window.grad_norm = torch.tensor(0.25)
     expected = {"loss": 3.0, "loss_cls": 1.5, "loss_dense": 30.0, "grad_norm": 0.25}
     assert window.close() == pytest.approx(expected | {"images_per_s": 4.0, "data_wait": 0.25})
-    assert window.pace == Pace(images=24, seconds=6.0, waited=1.5)
+    assert window.pace == Throughput(images=24, seconds=6.0, waited=1.5)
 
     clock.now += 1.0
     window.add_losses(terms(7.0), step=1)

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.config import Config
 from volo.data.dataset import Batch
 from volo.data.mixing import draw_mix_token_box
 from volo.engine.learner import Inputs, Learner
 from volo.runtime.distributed import World
 from volo.runtime.rng import generator
-from volo.token_labels.published import ReferenceMaps
+from volo.token_labels.published import PublishedMaps
 from volo.token_labels.targets import TokenLabelBatch
 
 NUM_CLASSES, SIDE, GRID = 8, 32, 4
@@ -41,8 +41,8 @@ def labelled(count: int, geometry: str = "aligned") -> Batch:
         indices=torch.arange(count),
         notes=torch.zeros(count, dtype=torch.int64),
         failures=[],
-        token_labels=ReferenceMaps(torch.full((count, 1, 1, 1), 40.0), torch.arange(count)[:, None, None, None], boxes)
-        if geometry == "reference"
+        token_labels=PublishedMaps(torch.full((count, 1, 1, 1), 40.0), torch.arange(count)[:, None, None, None], boxes)
+        if geometry == "published"
         else TokenLabelBatch(
             scores=torch.full((count, 1, 1), 40.0),
             classes=torch.arange(count)[:, None, None],
@@ -59,13 +59,13 @@ def make_learner(tiny_config):
     def make(geometry: str = "aligned", mix: dict | None = None, **sections) -> Learner:
         config: Config = tiny_config(
             model={"num_classes": NUM_CLASSES},
-            augment={"mean": [0.0] * 3, "std": [1.0] * 3, "order": "reference"},
+            augment={"mean": [0.0] * 3, "std": [1.0] * 3, "order": "published"},
             loss={"smoothing": 0.0},
             token_label={"root": "labels", "geometry": geometry},
             mix={"mix_token": False} | (mix or {}),
             **sections,
         )
-        learner = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchPlan.of(config, 1), None)
+        learner = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchLayout.of(config, 1), None)
         assert learner.grid == (GRID, GRID)
         return learner
 
@@ -82,7 +82,7 @@ def own_shares(inputs: Inputs, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("geometry", ["aligned", "reference_sparse", "reference"])
+@pytest.mark.parametrize("geometry", ["aligned", "published"])
 def test_targets_say_what_the_pixels_show(make_learner, way, mode, geometry):
     learner = make_learner(geometry, WAYS[way] | {"mode": mode})
     partial = 0
@@ -95,16 +95,16 @@ def test_targets_say_what_the_pixels_show(make_learner, way, mode, geometry):
         partial += int(((shares > 0.01) & (shares < 0.99)).sum())
 
         expected = shares if geometry == "aligned" else whole[:, None].expand_as(shares)
-        valid = torch.ones(count, GRID * GRID) if geometry == "reference" else batch.token_labels.valid.float()
+        valid = torch.ones(count, GRID * GRID) if geometry == "published" else batch.token_labels.valid.float()
         mine, theirs = expected * valid, (1 - expected) * valid.flip(0)
         images = torch.arange(count)
-        dense = inputs.targets if geometry == "reference" else inputs.targets.to_dense()  # [B, C, 2 + N]
+        dense = inputs.targets if geometry == "published" else inputs.targets.to_dense()  # [B, C, 2 + N]
         for column in (0, 1):  # the image's own label, and the teacher's view of the crop
             torch.testing.assert_close(dense[images, images, column], whole, atol=1e-5, rtol=0)
             torch.testing.assert_close(dense[images, images.flip(0), column], 1 - whole, atol=1e-5, rtol=0)
         torch.testing.assert_close(dense[images, images, 2:], mine, atol=1e-5, rtol=0)
         torch.testing.assert_close(dense[images, images.flip(0), 2:], theirs, atol=1e-5, rtol=0)
-        if geometry != "reference":
+        if geometry != "published":
             torch.testing.assert_close(inputs.targets.mass, mine + theirs, atol=1e-5, rtol=0)
     assert partial > 20, "tokens that show two images are what this is about"
 

@@ -7,11 +7,11 @@ Run on PyTorch's meta device, whose tensors have shapes and no values: whatever 
 import pytest
 import torch
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.config import Config
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World
-from volo.token_labels.published import ReferenceMaps
+from volo.token_labels.published import PublishedMaps
 
 META = torch.device("meta")
 
@@ -37,7 +37,7 @@ def test_the_meta_device_tells(ask):
         {"mix": {"cutmix": 1.0, "mix_token": False}, "optim": {"name": "lamb", "clip_grad": 0.1, "clip_mode": "value"}},
         {"token_label": {"root": "labels", "ground_truth": "published", "smoothing": "published"}},
         {"token_label": {"root": "labels"}, "mix": {"mixup": 0.8, "mode": "pair"}},
-        {"token_label": {"root": "labels", "geometry": "reference"}, "augment": {"order": "reference"}},
+        {"token_label": {"root": "labels", "geometry": "published"}, "augment": {"order": "published"}},
         {"train": {"batch_size": 8, "device_batch_size": 4, "channels_last": True, "recompute": "blocks"}},
         {"ema": {"enabled": True}, "optim": {"name": "momentum", "clip_grad": 0.1, "clip_mode": "agc"}},
     ],
@@ -46,14 +46,14 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     # Fused AdamW has no code for this device.
     sections = {"optim": {"name": "momentum"}, "model": {"drop_path_rate": 0.2}} | sections
     config: Config = tiny_config(**sections)
-    learner = Learner(config, World(0, 1, 0, META), BatchPlan.of(config, 1), None)
+    learner = Learner(config, World(0, 1, 0, META), BatchLayout.of(config, 1), None)
     learner.wrapped.train()
     size = learner.plan.micro_size
     batch = make_batch(size)
     batch.erase_boxes.zero_()  # erasing fills boxes with a generator of the device
-    if config.token_label.geometry == "reference":
+    if config.token_label.geometry == "published":
         boxes = torch.tensor([[0.5, 1.0, 3.0, 2.0]]).expand(size, 4)
-        batch.token_labels = ReferenceMaps(torch.rand(size, 2, 4, 5), torch.zeros(size, 2, 4, 5).long(), boxes)
+        batch.token_labels = PublishedMaps(torch.rand(size, 2, 4, 5), torch.zeros(size, 2, 4, 5).long(), boxes)
     elif config.token_label.root:
         batch.token_labels = make_label_maps(size, learner.grid[0] * learner.grid[1])
     for step in range(3):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.config import Config
 from volo.engine.learner import Learner
 from volo.engine.precision import Precision
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def make_learner(config: Config) -> Learner:
-    learner = Learner(config, World(0, 1, 0, CPU), BatchPlan.of(config, 1), None)
+    learner = Learner(config, World(0, 1, 0, CPU), BatchLayout.of(config, 1), None)
     learner.wrapped.train()
     return learner
 

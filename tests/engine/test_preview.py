@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from volo.data.mixing import MixPlan, token_shares
+from volo.data.mixing import Mix, token_shares
 from volo.engine.preview import readable_names, token_view
 from volo.reporting.batch_picture import TokenView, draw_batch
 from volo.token_labels.targets import TokenTargets
@@ -71,7 +71,7 @@ def test_tokens_that_see_nothing_are_hatched_and_others_named():
 
 def test_cutmix_takes_from_each_token_what_lies_under_the_box():
     # 8 x 12 pixels, 2 x 3 tokens of 4 x 4; the box covers rows 2..6, columns 4..10
-    plan = MixPlan(torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([[2, 4, 6, 10], [0, 0, 0, 0]]), "elem")
+    plan = Mix(torch.tensor([0.75, 0.4], dtype=torch.float64), torch.tensor([[2, 4, 6, 10], [0, 0, 0, 0]]), "elem")
     shares = token_shares(plan, (2, 3), (8, 12))
     expected = torch.tensor([[1, 0.5, 0.75, 1, 0.5, 0.75], [0.4] * 6], dtype=torch.float64)
     torch.testing.assert_close(shares, expected)

@@ -20,12 +20,12 @@ from volo.models.kernels import cpu
 from volo.runtime import native as compiled
 
 ROOT = Path(__file__).parents[2]
-reference = functools.partial(outlook_attention, kernel="reference")
+reference = functools.partial(outlook_attention, kernel="eager")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    assert cpu.why_not() is None
+    assert cpu.unavailable_reason() is None
 
 
 def draw(B, H, W, heads, d, kernel, stride, padding, dtype=torch.float64, spread=3.0):
@@ -241,7 +241,7 @@ def test_the_library_is_compiled_once_and_found_again(fresh, tmp_path, monkeypat
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", f'echo >> "{tmp_path}/calls"; exec c++ "$@" -O0'))
     for _ in range(2):
         cpu._library.cache_clear()
-        assert cpu.why_not() is None
+        assert cpu.unavailable_reason() is None
         gives_right_results()
     assert (tmp_path / "calls").read_text() == "\n"
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
@@ -251,7 +251,7 @@ def test_another_cpu_or_compiler_gets_its_own_library(fresh, tmp_path, monkeypat
     for option in ("-mno-avx", "-mno-avx512f", "-DVERSION=13"):
         monkeypatch.setenv("CXX", f"{stand_in(tmp_path / 'cxx', copy)} {option}")
         cpu._library.cache_clear()
-        assert cpu.why_not() is None
+        assert cpu.unavailable_reason() is None
     assert len(list(fresh.iterdir())) == 3
 
 
@@ -266,37 +266,37 @@ def test_another_cpu_or_compiler_gets_its_own_library(fresh, tmp_path, monkeypat
 def test_without_a_compiler_it_says_so(fresh, monkeypatch, variable, setting, reason):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(variable, setting)
-    assert reason in cpu.why_not()
-    assert "\n" not in cpu.why_not()
+    assert reason in cpu.unavailable_reason()
+    assert "\n" not in cpu.unavailable_reason()
     assert not fresh.exists()
 
 
 def test_a_compilation_that_fails_gives_the_compilers_first_error(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", 'exec c++ "$@" -include missing.h'))
-    assert "missing.h: No such file" in cpu.why_not()
-    assert "\n" not in cpu.why_not()
+    assert "missing.h: No such file" in cpu.unavailable_reason()
+    assert "\n" not in cpu.unavailable_reason()
     assert list(fresh.iterdir()) == []
 
 
 def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", "exec tail -f /dev/null"))
     monkeypatch.setattr(compiled, "_SECONDS", 0.5)
-    assert "timed out" in cpu.why_not()
+    assert "timed out" in cpu.unavailable_reason()
 
 
 def test_a_cache_that_cannot_be_written_or_loaded_is_a_reason(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", ': > "$last"'))
-    assert "file too short" in cpu.why_not()  # an empty library
+    assert "file too short" in cpu.unavailable_reason()  # an empty library
 
     cpu._library.cache_clear()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert "Not a directory" in cpu.why_not()
+    assert "Not a directory" in cpu.unavailable_reason()
 
 
 def build_at_once(rank, size, cache, compiler):
     os.environ |= {"TORCH_EXTENSIONS_DIR": cache, "CXX": compiler, "RANK_HERE": str(rank)}
-    reason = cpu.why_not()
+    reason = cpu.unavailable_reason()
     gives_right_results()
     return reason
 
@@ -317,7 +317,7 @@ from volo.models.kernels import cpu
 
 create_model("volo_nano", img_size=32)
 assert not os.path.exists(os.environ["TORCH_EXTENSIONS_DIR"]), "an import has built something"
-print(cpu.why_not())
+print(cpu.unavailable_reason())
 """
 
 
@@ -330,5 +330,5 @@ def test_nothing_is_built_at_import_and_a_killed_build_blocks_no_other(fresh, tm
     assert Path((tmp_path / "killed").read_text().strip()).parent.is_dir()  # what it left
 
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", copy))
-    assert cpu.why_not() is None
+    assert cpu.unavailable_reason() is None
     gives_right_results()

@@ -154,8 +154,8 @@ def test_answers_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch\n"
         "from volo.models.kernels import cuda\n"
-        "print(cuda.why_not()); print(cuda.supports(3, 2, 1, 32, torch.bfloat16))\n"
-        "torch.cuda.is_available = lambda: True; print(cuda.why_not())"
+        "print(cuda.unavailable_reason()); print(cuda.supports(3, 2, 1, 32, torch.bfloat16))\n"
+        "torch.cuda.is_available = lambda: True; print(cuda.unavailable_reason())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     expected = [r"None|No CUDA device was found", "True", "Triton is not installed.*"]
@@ -170,17 +170,17 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.0")
-    assert cuda.why_not() == "Triton 3.2 is too old: 3.3 or later is needed, which PyTorch 2.7 brings"
+    assert cuda.unavailable_reason() == "Triton 3.2 is too old: 3.3 or later is needed, which PyTorch 2.7 brings"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.10.0")
-    assert cuda.why_not() == "Tesla T4 has compute capability 7.5, and the Triton kernels need 8.0 or more"
+    assert cuda.unavailable_reason() == "Tesla T4 has compute capability 7.5, and the Triton kernels need 8.0 or more"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setenv("CC", "gcc")
-    assert cuda.why_not() is None
+    assert cuda.unavailable_reason() is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", "")
-    assert "C compiler" in cuda.why_not()
+    assert "C compiler" in cuda.unavailable_reason()
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in cuda.why_not()
+    assert "ROCm" in cuda.unavailable_reason()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from volo.models import create_model, outlook_attention
 
-KERNELS = ["reference", "native"]
+KERNELS = ["eager", "native"]
 
 
 def windows_of(side, kernel, stride, padding):
@@ -182,7 +182,7 @@ def test_export_keeps_the_operator(make_small):
 
 def test_half_precision_is_within_its_rounding():
     value, logits = (x.float() for x in draw(2, 8, 6, 3, 32, 3, 2, 1))
-    exact = outlook_attention(value, logits, num_heads=3, kernel="reference")
+    exact = outlook_attention(value, logits, num_heads=3, kernel="eager")
     for dtype, digits in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         for choice in KERNELS:
             ours = outlook_attention(value.to(dtype), logits.to(dtype), num_heads=3, kernel=choice)
@@ -190,7 +190,7 @@ def test_half_precision_is_within_its_rounding():
             assert (ours.float() - exact).abs().max() <= 16 * digits * exact.abs().max()
 
 
-def test_dropout_takes_the_reference():
+def test_dropout_takes_the_eager_operator():
     value, logits = draw(1, 4, 4, 2, 2, 3, 2, 1)
     dropped = outlook_attention(value, logits, num_heads=2, dropout_p=0.9)
     assert not torch.allclose(dropped, outlook_attention(value, logits, num_heads=2))
@@ -198,7 +198,7 @@ def test_dropout_takes_the_reference():
         outlook_attention(value, logits, num_heads=2, dropout_p=0.9, kernel="native")
 
 
-def test_devices_without_a_kernel_take_the_reference():
+def test_devices_without_a_kernel_take_the_eager_operator():
     value, logits = (x.to("meta") for x in draw(1, 4, 4, 2, 2, 3, 2, 1))
     assert outlook_attention(value, logits, num_heads=2).shape == (1, 4, 4, 4)
     with pytest.raises(ValueError, match="There is none for devices of type meta"):
@@ -208,14 +208,14 @@ def test_devices_without_a_kernel_take_the_reference():
 def test_network_says_what_it_took(make_small):
     model, images = make_small().double().eval(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     logits = {}
-    for choice, said in (("auto", "native, for cpu"), ("native", "native, for cpu"), ("reference", "reference, as")):
+    for choice, said in (("auto", "native, for cpu"), ("native", "native, for cpu"), ("eager", "eager, as")):
         assert model.set_kernel(choice).startswith(said)
         logits[choice] = model(images)
     assert torch.equal(logits["auto"], logits["native"])
-    torch.testing.assert_close(logits["native"], logits["reference"])
-    with pytest.raises(ValueError, match="kernel is 'fast'; it is one of auto, reference, native"):
+    torch.testing.assert_close(logits["native"], logits["eager"])
+    with pytest.raises(ValueError, match="kernel is 'fast'; it is one of auto, eager, native"):
         model.set_kernel("fast")
     dropping = create_model("volo_nano", img_size=32, attn_drop_rate=0.1)
-    assert dropping.set_kernel("auto").startswith("reference. It has no dropout")
+    assert dropping.set_kernel("auto").startswith("eager. It has no dropout")
     with pytest.raises(ValueError, match="no dropout"):
         dropping.set_kernel("native")

@@ -17,8 +17,8 @@ from volo.config import DataConfig
 from volo.data.sources import archive_index
 from volo.data.sources.archives import ArchiveSource
 from volo.data.sources.formats import open_split
-from volo.data.sources.listing_cache import Manifests
-from volo.prepare_imagenet.official import MD5, Source
+from volo.data.sources.listing_cache import ListingCache
+from volo.prepare_imagenet.official import MD5, ImageNetFiles
 from volo.prepare_imagenet.shard import ShardOptions, run_shard
 from volo.prepare_imagenet.unpack import run_unpack
 from volo.prepare_imagenet.verify import md5_of
@@ -81,14 +81,14 @@ def test_verify_takes_checksums(source):
 
 def test_a_checksum_is_computed_again_where_the_file_changed(tmp_path, monkeypatch):
     file = tmp_path / "a.tar"
-    manifests = Manifests(tmp_path / "cache")
+    listing_cache = ListingCache(tmp_path / "cache")
     for content in (b"one", b"two!"):
         file.write_bytes(content)
         formats.settle(file)
-        assert md5_of(file, manifests) == hashlib.md5(content).hexdigest()
+        assert md5_of(file, listing_cache) == hashlib.md5(content).hexdigest()
     expected = hashlib.md5(b"two!").hexdigest()
     monkeypatch.setattr(hashlib, "md5", None)  # and only there
-    assert md5_of(file, manifests) == expected
+    assert md5_of(file, listing_cache) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- index
@@ -179,7 +179,7 @@ class Interrupted:
 @pytest.mark.parametrize("at", [1, 6, 11, 12, 18])
 def test_unpacking_goes_on_after_an_interruption(source, images, tmp_path, monkeypatch, at):
     reads = Interrupted(monkeypatch, at)
-    words = Source(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out")
+    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         run_unpack(*words)
     whole = {path.parent for path in (tmp_path / "out").glob("*/[!.]*/*")}
@@ -236,7 +236,7 @@ def test_sharding_goes_on_after_an_interruption(source, tmp_path, monkeypatch, a
     def contents(folder: str) -> dict[str, bytes]:
         return {name: data for name, data in formats.files_of(tmp_path / folder).items() if ".partial" not in name}
 
-    words = Source(str(source), expect=COUNTS, cache="none"), ShardOptions(40, 80, 4)
+    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), ShardOptions(40, 80, 4)
     run_shard(words[0], str(tmp_path / "straight"), words[1])
     reads = Interrupted(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +249,7 @@ def test_sharding_goes_on_after_an_interruption(source, tmp_path, monkeypatch, a
 
 
 def test_a_shard_that_is_not_whole_is_written_again(source, tmp_path, caplog):
-    words = Source(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out"), ShardOptions(40, 80, 4)
+    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out"), ShardOptions(40, 80, 4)
     run_shard(*words)
     done = formats.files_of(tmp_path / "out")
     (tmp_path / "out/train/train-000001.tar").write_bytes(done["train/train-000000.tar"][:1024] + bytes(1024))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from volo.reporting import Progress, human_duration, setup_logging, text_table
+from volo.reporting import ProgressBar, human_duration, setup_logging, text_table
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_human_duration(seconds, text):
 
 def test_progress_prints_plain_lines_off_a_terminal(tmp_path, capsys):
     setup_logging(tmp_path)
-    progress = Progress(7, "epoch 3/310", log_every=3)
+    progress = ProgressBar(7, "epoch 3/310", log_every=3)
     for step in range(7):
         progress.update(1, loss=6.9 - step, lr=1.6e-3, images_per_s=1234.5)
     progress.close()
@@ -92,7 +92,7 @@ def test_progress_prints_plain_lines_off_a_terminal(tmp_path, capsys):
 
 def test_progress_counts_steps_made_before_and_strides(capsys):
     setup_logging(None)
-    progress = Progress(100, "train", log_every=10, done=45)
+    progress = ProgressBar(100, "train", log_every=10, done=45)
     for n in (4, 4, 20, 27):
         progress.update(n)
     steps = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
@@ -108,7 +108,7 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_do_not_break_it(monkeypat
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(sys, "stdout", terminal)
     setup_logging(None)
-    progress = Progress(4, "epoch 1/2")
+    progress = ProgressBar(4, "epoch 1/2")
     progress.update(1, loss=6.5)
     logging.getLogger("volo").info("a line")  # makes the bar draw itself again, with what it knows by now
     progress.update(3, loss=5.25)
@@ -122,7 +122,7 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_do_not_break_it(monkeypat
 
 def test_disabled_progress_says_nothing(capsys):
     setup_logging(None)
-    progress = Progress(2, "train", enabled=False, log_every=1)
+    progress = ProgressBar(2, "train", enabled=False, log_every=1)
     progress.update(2, loss=1.0)
     progress.close()
     assert capsys.readouterr() == ("", "")

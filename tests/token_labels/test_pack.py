@@ -21,7 +21,7 @@ import torch
 from volo.data.sources.records import imagenet_classes
 from volo.runtime.program import UsageError
 from volo.token_labels.opening import open_labels
-from volo.token_labels.pack import Options, run_packing
+from volo.token_labels.pack import PackOptions, run_packing
 from volo.token_labels.store import TokenLabelStore
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pack_token_labels.py"
@@ -62,7 +62,7 @@ def source(tmp_path) -> Path:
 
 def pack(source: Path, **options) -> TokenLabelStore:
     output = source.parent / "store"
-    assert run_packing(Options(str(source), str(output), **options)) == 0
+    assert run_packing(PackOptions(str(source), str(output), **options)) == 0
     return TokenLabelStore(output)
 
 
@@ -120,7 +120,7 @@ def test_published_labels_are_packed(source, capsys):
     assert_holds(store, LABELS)
     store.verify_checksums()
     header = store.header
-    assert (header.teacher, header.geometry, header.top_k, header.num_classes) == ("published", "reference", 5, 1000)
+    assert (header.teacher, header.covers, header.top_k, header.num_classes) == ("published", "center_crop", 5, 1000)
     assert header.classes == imagenet_classes()
     out = capsys.readouterr().out
     size = sum(file.stat().st_size for file in store.path.iterdir())
@@ -136,14 +136,14 @@ def test_labels_of_an_own_data_set(tmp_path):
     store = pack(
         save(tmp_path / "labels", labels),
         teacher="mine",
-        geometry="whole_image",
+        covers="whole_image",
         exif="apply",
         class_list=str(names),
         num_classes=7,
     )
     assert store.header.exif == "apply"
     assert_holds(store, labels)
-    assert (store.header.teacher, store.header.geometry, store.header.classes) == ("mine", "whole_image", (*"abcdefg",))
+    assert (store.header.teacher, store.header.covers, store.header.classes) == ("mine", "whole_image", (*"abcdefg",))
 
 
 def test_number_of_classes_without_their_names(tmp_path):
@@ -217,7 +217,7 @@ def test_an_existing_store_is_replaced_only_when_asked(source):
     assert_holds(open_labels(source.parent / "store"), LABELS)
     assert_holds(pack(source, overwrite=True), LABELS | {"new/x": label(77)})
     with pytest.raises(UsageError, match="labels exists and is not a store"):
-        run_packing(Options(str(source), str(source), overwrite=True))
+        run_packing(PackOptions(str(source), str(source), overwrite=True))
 
 
 @pytest.mark.parametrize("stem", ["a/first", f"{N[2]}/zlast"])
@@ -250,7 +250,7 @@ def test_a_full_disk_is_a_plain_failure(source, monkeypatch):
 def test_command_line_mistakes(tmp_path):
     for words, told in (
         ([], "--source, --output"),
-        (["--source", "x", "--output", "y", "--geometry", "crop"], "--geometry: invalid choice: 'crop'"),
+        (["--source", "x", "--output", "y", "--covers", "crop"], "--covers: invalid choice: 'crop'"),
         (["--source", "x", "--output", "y", "--over", "true"], "unrecognized arguments: --over true"),
     ):
         code, lines = Program(*words).end()
@@ -311,7 +311,7 @@ def test_program_end_to_end(source, tmp_path):
     """Started from nothing, in another folder."""
     (tmp_path / "images" / N[2]).mkdir(parents=True)
     (tmp_path / "images" / N[2] / "n2_2.JPEG").touch()
-    words = ["--source", "labels", "--output", "new/store", "--teacher", "x", "--geometry", "whole_image"]
+    words = ["--source", "labels", "--output", "new/store", "--teacher", "x", "--covers", "whole_image"]
     words += ["--class_list", "imagenet", "--images", "images", "--overwrite", "true"]
     done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -319,4 +319,4 @@ def test_program_end_to_end(source, tmp_path):
     assert done.stdout.splitlines()[-1].startswith(f"{output}: 12 entries, maps 3x4 (6), 4x4 (6), "), done.stdout
     store = open_labels(output)
     assert_holds(store, LABELS)
-    assert (store.header.teacher, store.header.geometry) == ("x", "whole_image")
+    assert (store.header.teacher, store.header.covers) == ("x", "whole_image")

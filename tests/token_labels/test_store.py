@@ -26,7 +26,7 @@ from volo.token_labels.pt_folder import PublishedLabels, sample
 from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
 from volo.token_labels.writer import StoreWriter
 
-HEADER = {"teacher": "a teacher", "geometry": "whole_image", "top_k": 2, "num_classes": 10}
+HEADER = {"teacher": "a teacher", "covers": "whole_image", "top_k": 2, "num_classes": 10}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -86,8 +86,8 @@ def test_what_is_added_is_what_is_read(tmp_path_factory, k, shapes, num_classes,
 
 def test_header_comes_back(tmp_path):
     names = tuple(f"class {i}" for i in range(10))
-    path = write_store(tmp_path / "new" / "labels", LABELS, classes=names, geometry="reference")
-    assert TokenLabelStore(path).header == StoreHeader("a teacher", "reference", 2, 10, names, 4)
+    path = write_store(tmp_path / "new" / "labels", LABELS, classes=names, covers="center_crop")
+    assert TokenLabelStore(path).header == StoreHeader("a teacher", "center_crop", 2, 10, names, 4)
     assert [p.name for p in path.parent.iterdir()] == ["labels"]  # nothing of the making is left
 
 
@@ -424,7 +424,7 @@ def test_duplicate_keys_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"exif": "turn"}, "exif is 'turn', allowed is ignore or apply"),
-        ({"geometry": "crop"}, "geometry is 'crop', allowed is whole_image or reference"),
+        ({"covers": "crop"}, "covers is 'crop', allowed is whole_image or center_crop"),
         ({"top_k": 0}, r"top_k is 0, allowed is 1 \.\.\. 10"),
         ({"top_k": 11}, "top_k is 11"),
         ({"num_classes": 0}, "num_classes is 0"),
@@ -537,7 +537,7 @@ def test_published_labels_are_read_as_they_are(tmp_path):
     (tmp_path / ".hidden.pt").touch()
     labels = open_labels(tmp_path)
     assert isinstance(labels, PublishedLabels)
-    assert labels.header == StoreHeader("published", "reference", 2, None, None, 4)
+    assert labels.header == StoreHeader("published", "center_crop", 2, None, None, 4)
     assert (len(labels), labels.ignored) == (4, 1)
     for opened in (labels, pickle.loads(pickle.dumps(labels))):
         found = opened.find(["cat/c3", "cat/c9", "cat/c0"])

@@ -16,7 +16,7 @@ from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.runtime.rng import generator, torch_seed
 from volo.token_labels.aligned import TokenCells
-from volo.token_labels.published import ReferenceMap, ReferenceMaps
+from volo.token_labels.published import PublishedMap, PublishedMaps
 from volo.token_labels.source import LabelSource
 from volo.token_labels.targets import TokenLabelBatch
 
@@ -46,7 +46,7 @@ class Sample:
     noise_seed: int = 0
     notes: int = 0
     failures: tuple[str, ...] = ()
-    token_labels: TokenCells | ReferenceMap | None = None
+    token_labels: TokenCells | PublishedMap | None = None
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Batch:
     indices: Tensor
     notes: Tensor
     failures: list[str]
-    token_labels: TokenLabelBatch | ReferenceMaps | None = None
+    token_labels: TokenLabelBatch | PublishedMaps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +104,7 @@ def collate(samples: list[Sample]) -> Batch:
 
     images = [torch.from_numpy(sample.image) for sample in readable]
     maps = [sample.token_labels for sample in readable if sample.token_labels is not None]
-    kind = ReferenceMaps if maps and isinstance(maps[0], ReferenceMap) else TokenLabelBatch
+    kind = PublishedMaps if maps and isinstance(maps[0], PublishedMap) else TokenLabelBatch
     return Batch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=column([sample.label for sample in readable]),

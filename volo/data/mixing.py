@@ -15,7 +15,7 @@ from volo.config import MixConfig
 
 
 @dataclass(frozen=True)
-class MixPlan:
+class Mix:
     """How the images of one batch are mixed with their partners.
 
     Args:
@@ -46,11 +46,11 @@ def draw_mix_token_box(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tu
 
 def draw_mix(
     rng: np.random.Generator, config: MixConfig, batch: int, image_hw: tuple[int, int], epoch: int = 0
-) -> MixPlan | None:
+) -> Mix | None:
     """Draw the MixUp or CutMix of one batch, with the distribution of timm's ``Mixup``; None where it is off.
 
     Args:
-        rng: Source of the draws.
+        rng: ImageSource of the draws.
         config: Alphas, probabilities and mode.
         batch: B.
         image_hw: Size of the images.
@@ -79,10 +79,10 @@ def draw_mix(
         lam, boxes = np.repeat(lam, batch), np.repeat(boxes, batch, axis=0)
     elif config.mode == "pair":
         lam, boxes = np.concatenate([lam, lam[::-1]]), np.concatenate([boxes, boxes[::-1]])
-    return MixPlan(torch.from_numpy(lam), torch.from_numpy(boxes), config.mode)
+    return Mix(torch.from_numpy(lam), torch.from_numpy(boxes), config.mode)
 
 
-def apply_mix(images: Tensor, plan: MixPlan) -> Tensor:
+def apply_mix(images: Tensor, plan: Mix) -> Tensor:
     """Return images [B, 3, H, W] mixed with their partners; the input is left as it is."""
     partners = images.flip(0)
     is_cut = (plan.boxes[:, 2:] > plan.boxes[:, :2]).all(1)
@@ -107,13 +107,13 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Te
     return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
 
 
-def mix_targets(targets: Tensor, plan: MixPlan) -> Tensor:
+def mix_targets(targets: Tensor, plan: Mix) -> Tensor:
     """Return targets [B, C] or [B, C, 2 + N] mixed with the partners' by the shares of ``plan``."""
     own = plan.lam.view(-1, *[1] * (targets.ndim - 1))
     return targets * _like(own, targets) + targets.flip(0) * _like(1 - own, targets)
 
 
-def token_shares(plan: MixPlan, grid: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:
+def token_shares(plan: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:
     """Return the share of each token's pixels that stays the image's own, float64 [B, N], on the host.
 
     MixUp blends every token by its ratio; CutMix replaces what of a token lies under the box. N = rows * columns of

@@ -1,6 +1,6 @@
 """Says, once a run, that the network waits for images, by how much, and what may help."""
 
-from volo.engine.meters import Pace
+from volo.engine.meters import Throughput
 
 _LEAST_SHARE = 0.1
 _LEAST_SECONDS, _LEAST_LINES = 30.0, 2
@@ -18,10 +18,10 @@ class LoaderVerdict:
     def __init__(self, workers: int, processes: int, cores: int):
         self._workers, self._processes, self._cores = workers, processes, cores
         self._lines = 0
-        self._pace = Pace()
+        self._pace = Throughput()
         self._said = False
 
-    def __call__(self, pace: Pace) -> str | None:
+    def __call__(self, pace: Throughput) -> str | None:
         """Take the pace of one log line; return what is to be said, once, where images are waited for."""
         self._lines += 1
         if self._said or self._lines < _LEAST_LINES:
@@ -29,13 +29,13 @@ class LoaderVerdict:
         self._pace += pace
         if self._pace.seconds < _LEAST_SECONDS:
             return None
-        judged, self._pace = self._pace, Pace()
+        judged, self._pace = self._pace, Throughput()
         if judged.waited < _LEAST_SHARE * judged.seconds:
             return None
         self._said = True
         return self._words(judged)
 
-    def _words(self, pace: Pace) -> str:
+    def _words(self, pace: Throughput) -> str:
         share, rate = pace.waited / pace.seconds, pace.images / pace.seconds
         could = f", the network could take {rate / (1 - share):,.0f}" if share < 0.99 else ""
         readers = self._processes * self._workers

@@ -6,7 +6,7 @@ What a checkpoint of ours holds (plain containers and tensors only, so it loads 
     state_dict               the network
     state_dict_ema           its average, where there is one
     optimizer, scaler        their state
-    progress                 :class:`Progress`: position in the schedule and the best result so far
+    progress                 :class:`TrainState`: position in the schedule and the best result so far
     rng                      the seed; every draw of a run is a function of it and of the position
     config                   the resolved config
     epoch, metric            finished epochs and best top-1, under the names timm's tools look for
@@ -28,7 +28,7 @@ _logger = logging.getLogger("volo")
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run is: ``epoch`` finished epochs and ``step`` optimizer steps into the next one."""
 
     epoch: int = 0

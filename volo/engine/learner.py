@@ -14,11 +14,11 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from volo.build import BatchPlan
+from volo.build import BatchLayout
 from volo.config import Config, ModelConfig
 from volo.data.dataset import Batch
 from volo.data.mixing import (
-    MixPlan,
+    Mix,
     apply_mix,
     draw_mix,
     draw_mix_token_box,
@@ -34,7 +34,7 @@ from volo.models import create_model, load_checkpoint
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.rng import generator, torch_seed
-from volo.token_labels.published import ReferenceMaps, dense_targets
+from volo.token_labels.published import PublishedMaps, dense_targets
 from volo.token_labels.targets import TokenTargets, token_targets
 
 _logger = logging.getLogger("volo")
@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
 class Learner:
     """Network, loss, optimizer, gradient scaler and weight average of one process."""
 
-    def __init__(self, config: Config, world: World, plan: BatchPlan, state: dict | None):
+    def __init__(self, config: Config, world: World, plan: BatchLayout, state: dict | None):
         """Build everything; with ``state``, a checkpoint of this run, go on from there."""
         self.config, self.world, self.plan = config, world, plan
         self.precision = Precision.resolve(config.train.precision, world.device)
@@ -182,11 +182,11 @@ class Learner:
             return targets
         maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
         smoothing = config.loss.smoothing, config.token_label.smoothing == "published"
-        if isinstance(maps, ReferenceMaps):
+        if isinstance(maps, PublishedMaps):
             return dense_targets(maps, targets, self.grid, *smoothing)
         return token_targets(maps, targets, *smoothing)
 
-    def _mixed(self, targets: Tensor | TokenTargets, mix: MixPlan) -> Tensor | TokenTargets:
+    def _mixed(self, targets: Tensor | TokenTargets, mix: Mix) -> Tensor | TokenTargets:
         """Return the targets of images that were mixed by MixUp or CutMix."""
         if isinstance(targets, Tensor):
             return mix_targets(targets, mix)

@@ -14,7 +14,7 @@ _NEVER = 2**53 - 1  # exact in float64, as which it travels between ranks
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """What went through in a time.
 
     Args:
@@ -27,8 +27,8 @@ class Pace:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def __add__(self, other: "Pace") -> "Pace":
-        return Pace(self.images + other.images, self.seconds + other.seconds, self.waited + other.waited)
+    def __add__(self, other: "Throughput") -> "Throughput":
+        return Throughput(self.images + other.images, self.seconds + other.seconds, self.waited + other.waited)
 
 
 class _HostMark:
@@ -70,7 +70,7 @@ class Window:
         self.device = device
         self.first_bad = torch.full((len(TERMS),), _NEVER, dtype=torch.int64, device=device)
         self.grad_norm: torch.Tensor | None = None
-        self.pace = Pace()
+        self.pace = Throughput()
         self._mark = _CudaMark if device.type == "cuda" else _HostMark
         self._started_up = False
         self._reset()
@@ -120,7 +120,7 @@ class Window:
         *sums, passes = distributed.sum_over_ranks([*self.sums.tolist(), self.passes])  # waits for the device
         elapsed = time.perf_counter() - self.started
         waited = distributed.max_over_ranks([sum(begin.until(end) for begin, end in self.waits)])[0]
-        self.pace = Pace(self.images, elapsed, waited)
+        self.pace = Throughput(self.images, elapsed, waited)
         means = {name: value / passes for name, value in zip(TERMS, sums, strict=True)}
         if self.grad_norm is not None:
             means["grad_norm"] = float(self.grad_norm)

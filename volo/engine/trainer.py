@@ -12,7 +12,7 @@ import math
 from torch import nn
 
 from volo.build import (
-    BatchPlan,
+    BatchLayout,
     RunFolder,
     Splits,
     git_revision,
@@ -24,14 +24,13 @@ from volo.cli import config_to_dict
 from volo.config import Config
 from volo.data.pixels.decode import UnreadableImage
 from volo.engine.bottleneck import LoaderVerdict
-from volo.engine.checkpoint import Progress
+from volo.engine.checkpoint import TrainState
 from volo.engine.evaluate import Accuracy, evaluate
 from volo.engine.learner import Learner
 from volo.engine.meters import Window
 from volo.engine.optim import learning_rate
 from volo.engine.preview import batch_picture
-from volo.reporting import MetricsWriter
-from volo.reporting import Progress as ProgressBar
+from volo.reporting import MetricsWriter, ProgressBar
 from volo.runtime import distributed
 from volo.runtime.distributed import World, processes_here, usable_cores, worker_count
 from volo.runtime.signals import StopRequest
@@ -49,8 +48,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, run: RunFolder, splits: Splits, state: dict | None):
         """Set everything up; ``state`` is the checkpoint to go on from, or None."""
         self.config, self.world, self.run, self.splits = config, world, run, splits
-        self.plan = BatchPlan.of(config, world.size)
-        self.progress = Progress()
+        self.plan = BatchLayout.of(config, world.size)
+        self.progress = TrainState()
         if state is not None:
             self.progress.load_state_dict(state["progress"])
         self.learner = Learner(config, world, self.plan, state)

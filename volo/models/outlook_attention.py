@@ -19,7 +19,7 @@ from torch import Tensor
 
 from volo.models.kernels import cpu, cuda
 
-Kernel = Literal["auto", "reference", "native"]
+Kernel = Literal["auto", "eager", "native"]
 
 
 def outlook_attention(
@@ -44,7 +44,7 @@ def outlook_attention(
         stride: Distance between neighbouring windows.
         padding: Zeros around the grid. A padded key keeps its share of the softmax but adds nothing.
         dropout_p: Probability of dropping an attention weight; give 0 outside training.
-        kernel: "auto" takes the native kernel where there is one; "native" takes it or raises; "reference".
+        kernel: "auto" takes the native kernel if there is one; "native" takes it or raises; "eager" never does.
 
     Returns:
         [B, H, W, C]. Overlapping windows are summed, not averaged; a cell without a window is 0.
@@ -92,19 +92,19 @@ def outlook_attention(
             f"logits are {list(logits.shape)}; kernel {kernel_size}, stride {stride} and padding {padding} with "
             f"{num_heads} heads need {[B, h, w, num_heads * kernel_size**4]} for values {list(value.shape)}"
         )
-    if kernel != "reference":
+    if kernel != "eager":
         device, window = value.device.type, (kernel_size, stride, padding)
-        reason = why_not_native(device) if dropout_p == 0 else "It has no dropout of attention weights"
+        reason = unavailable_reason(device) if dropout_p == 0 else "It has no dropout of attention weights"
         if reason is None and device == "cuda" and not _fits_cuda(*window, C // num_heads, value.dtype):
             reason = f"It has no room for windows {window} of heads of {C // num_heads} {value.dtype} channels"
         if reason is None:
             return _native(value, logits, num_heads, kernel_size, stride, padding)
         if kernel == "native":
             raise ValueError(f"the native kernel of outlook attention cannot be used: {reason}")
-    return _reference(value, logits, num_heads, kernel_size, stride, padding, dropout_p)
+    return _eager(value, logits, num_heads, kernel_size, stride, padding, dropout_p)
 
 
-def _reference(
+def _eager(
     value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int, dropout_p: float
 ) -> Tensor:
     B, H, W, C = value.shape
@@ -127,13 +127,13 @@ _KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 @torch.compiler.assume_constant_result
-def why_not_native(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Return why the native kernel cannot run on devices of this type, or None where it can.
 
     On the CPU the first call builds it, where it has not been built on this machine before.
     """
     kernels = _KERNELS.get(device_type)
-    return f"There is none for devices of type {device_type}" if kernels is None else kernels.why_not()
+    return f"There is none for devices of type {device_type}" if kernels is None else kernels.unavailable_reason()
 
 
 @torch.compiler.assume_constant_result

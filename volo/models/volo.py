@@ -25,7 +25,7 @@ from volo.models.blocks import (
     Transformer,
 )
 from volo.models.checkpointing import Recompute
-from volo.models.outlook_attention import Kernel, why_not_native
+from volo.models.outlook_attention import Kernel, unavailable_reason
 
 
 class TokenLogits(NamedTuple):
@@ -152,24 +152,24 @@ class VOLO(nn.Module):
     def set_kernel(self, kernel: Kernel) -> str:
         """Choose the kernel of outlook attention, and return in a sentence what was chosen and why.
 
-        "auto" is the native one where it runs (it is built now, if need be), else the reference.
+        "auto" is the native one where it runs (it is built now, if need be), else the eager operator in plain PyTorch.
 
         Raises ValueError: "native" cannot be had, or the kernel is unknown.
         """
         if kernel not in get_args(Kernel):
             raise ValueError(f"kernel is {kernel!r}; it is one of {', '.join(get_args(Kernel))}")
         device = self.pos_embed.device.type
-        reason = None if kernel == "reference" else why_not_native(device)
-        if reason is None and kernel != "reference" and self.architecture.attn_drop_rate > 0:
+        reason = None if kernel == "eager" else unavailable_reason(device)
+        if reason is None and kernel != "eager" and self.architecture.attn_drop_rate > 0:
             reason = "It has no dropout of attention weights (model.attn_drop_rate)"
         if kernel == "native" and reason is not None:
             raise ValueError(f"the native kernel of outlook attention cannot be used: {reason}")
         for module in self.modules():
             if isinstance(module, OutlookAttention):
                 module.kernel = kernel
-        if kernel == "reference":
-            return "reference, as asked for"
-        return f"native, for {device}" if reason is None else f"reference. {reason}"
+        if kernel == "eager":
+            return "eager, as requested"
+        return f"native, for {device}" if reason is None else f"eager. {reason}"
 
     def no_weight_decay(self) -> set[str]:
         """Parameters exempt from weight decay beside the 1-D ones; timm's optimizer factory asks for them."""

@@ -2,13 +2,13 @@
 
 import logging
 
-from volo.prepare_imagenet.official import Source
+from volo.prepare_imagenet.official import ImageNetFiles
 from volo.runtime.program import DONE, checking_usage
 
 _logger = logging.getLogger("volo")
 
 
-def run_index(source: Source) -> int:
+def run_index(source: ImageNetFiles) -> int:
     """Index every split, and count; return the exit code."""
     with checking_usage():
         splits = source.open()

@@ -23,7 +23,7 @@ IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageNetFiles:
     """Where the images are, which of them, and how many there are to be.
 
     Args:

@@ -25,8 +25,8 @@ from PIL import Image
 from volo.data.pixels.decode import UnreadableImage, read_image
 from volo.data.pixels.transforms import EvalTransform
 from volo.data.sources.records import ImageRecords
-from volo.prepare_imagenet.official import Source, require_free
-from volo.reporting import Progress
+from volo.prepare_imagenet.official import ImageNetFiles, require_free
+from volo.reporting import ProgressBar
 from volo.reporting.metrics import write_atomic
 from volo.runtime.files import sync_folder
 from volo.runtime.program import DONE, checking_usage
@@ -92,7 +92,7 @@ class Changes:
         )
 
 
-def run_shard(source: Source, output: str, options: ShardOptions) -> int:
+def run_shard(source: ImageNetFiles, output: str, options: ShardOptions) -> int:
     """Write the shards of every split, count, and say what has changed; return the exit code."""
     folder = Path(output)
     with checking_usage():
@@ -157,7 +157,7 @@ def write_shards(records: ImageRecords, folder: Path, split: str, options: Shard
     waiting = [job for job in jobs if not _is_whole(*job)]
     if len(waiting) < len(jobs):
         _logger.info("%s: %d of %d shards are there already", folder, len(jobs) - len(waiting), len(jobs))
-    bar = Progress(len(jobs), f"shards of {split}", log_every=max(len(jobs) // 20, 1), done=len(jobs) - len(waiting))
+    bar = ProgressBar(len(jobs), f"shards of {split}", log_every=max(len(jobs) // 20, 1), done=len(jobs) - len(waiting))
     for _ in _in_processes(records, waiting, options):
         bar.update(1)
     bar.close()

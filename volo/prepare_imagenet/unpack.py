@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from volo.data.sources.records import ImageRecords
-from volo.prepare_imagenet.official import Source
-from volo.reporting import Progress
+from volo.prepare_imagenet.official import ImageNetFiles
+from volo.reporting import ProgressBar
 from volo.runtime.files import sync_folder
 from volo.runtime.program import DONE, checking_usage
 
@@ -23,7 +23,7 @@ _THREADS = 16
 _logger = logging.getLogger("volo")
 
 
-def run_unpack(source: Source, output: str) -> int:
+def run_unpack(source: ImageNetFiles, output: str) -> int:
     """Unpack every split, and count; return the exit code."""
     with checking_usage():
         splits = source.open()
@@ -53,7 +53,7 @@ def unpack(records: ImageRecords, folder: Path) -> None:
 
     Raises ValueError where a folder has another number of files.
     """
-    bar = Progress(len(records), f"unpacking {folder}", log_every=max(len(records) // 20, 1))
+    bar = ProgressBar(len(records), f"unpacking {folder}", log_every=max(len(records) // 20, 1))
     for label, name in enumerate(records.classes):
         mine = np.flatnonzero(records.labels == label)
         whole = folder / name

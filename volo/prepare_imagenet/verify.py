@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.data.sources.listing_cache import Manifests
+from volo.data.sources.listing_cache import ListingCache
 from volo.data.sources.ranges import stamp
 from volo.prepare_imagenet.official import MD5
-from volo.reporting import Progress
+from volo.reporting import ProgressBar
 from volo.runtime.program import DONE, FAILED, checking_usage
 
 _logger = logging.getLogger("volo")
@@ -22,12 +22,12 @@ def run_verify(folder: str, given: dict[str, str], cache: str) -> int:
 
     What was computed is kept until the file changes, so that an interrupted run goes on with the next archive.
     """
-    manifests = Manifests.of(cache)
+    listing_cache = ListingCache.of(cache)
     with checking_usage():
         files = files_to_verify(folder, given)
     wrong = []
     for path, expected in files.items():
-        found = md5_of(path, manifests)
+        found = md5_of(path, listing_cache)
         _logger.info("%s  %s  %s", "as published" if found == expected else "DIFFERS     ", found, path)
         if found != expected:
             wrong.append(f"{path.name} (MD5 {found}, expected {expected})")
@@ -52,14 +52,14 @@ def files_to_verify(folder: str, given: dict[str, str]) -> dict[Path, str]:
     return official
 
 
-def md5_of(path: Path, manifests: Manifests) -> str:
+def md5_of(path: Path, listing_cache: ListingCache) -> str:
     """Return the MD5 of a file, in hexadecimal."""
 
     def build() -> dict[str, np.ndarray]:
         size, before = path.stat().st_size, stamp(str(path))
         md5 = hashlib.md5(usedforsecurity=False)
         steps = -(-size // _CHUNK)
-        bar = Progress(steps, path.name, log_every=max(steps // 10, 1), delay=10)
+        bar = ProgressBar(steps, path.name, log_every=max(steps // 10, 1), delay=10)
         with open(path, "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 md5.update(chunk)
@@ -67,7 +67,7 @@ def md5_of(path: Path, manifests: Manifests) -> str:
         bar.close()
         return {"md5": np.array(md5.hexdigest()), "stamp": np.array(before)}
 
-    kept = manifests.get(
+    kept = listing_cache.get(
         "md5",
         os.path.abspath(path),
         build,

@@ -8,12 +8,12 @@ TensorBoard and matplotlib are imported when they are first used: they take seco
 """
 
 from volo.reporting.curves import plot_curves
-from volo.reporting.log import Progress, human_duration, setup_logging, text_table
+from volo.reporting.log import ProgressBar, human_duration, setup_logging, text_table
 from volo.reporting.metrics import MetricsWriter, read_metrics, write_results
 
 __all__ = [
     "MetricsWriter",
-    "Progress",
+    "ProgressBar",
     "human_duration",
     "plot_curves",
     "read_metrics",

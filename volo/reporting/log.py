@@ -53,8 +53,8 @@ class _BarSafeHandler(logging.StreamHandler):
             super().emit(record)
 
 
-class Progress:
-    """Progress of one loop: a bar where stderr is a terminal, else a log line now and then.
+class ProgressBar:
+    """ProgressBar of one loop: a bar where stderr is a terminal, else a log line now and then.
 
     Args:
         total: Steps of the loop.

@@ -32,7 +32,7 @@ class OtherRankFailed(Exception):
     """Another process of the run failed and has said why."""
 
 
-class MeetingFailed(Exception):
+class RendezvousFailed(Exception):
     """The processes of the run could not find one another (a port in use, say)."""
 
 
@@ -81,7 +81,7 @@ def processes_here() -> int:
 def initialise(device_choice: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 
-    Raises ValueError where the device is not there, MeetingFailed where the rendezvous fails.
+    Raises ValueError where the device is not there, RendezvousFailed where the rendezvous fails.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = resolve_device(device_choice, local_rank)
@@ -96,7 +96,7 @@ def initialise(device_choice: str = "auto") -> World:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
-        raise MeetingFailed(
+        raise RendezvousFailed(
             f"the processes could not meet at {address}: {reason}. If the port is in use, set MASTER_PORT to a "
             "free one, or on one machine start with torchrun --standalone, which picks one"
         ) from error

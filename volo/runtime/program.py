@@ -62,7 +62,7 @@ def finish(body: Callable[[], int]) -> None:
         code = FAILED
     except UsageError as error:
         code = _fail(str(error), USAGE)
-    except (ValueError, SaveError, ArithmeticError, distributed.MeetingFailed) as error:
+    except (ValueError, SaveError, ArithmeticError, distributed.RendezvousFailed) as error:
         code = _fail(str(error), FAILED)  # expected failures, which explain themselves
     except KeyboardInterrupt:
         code = _fail("interrupted before a checkpoint could be saved", FAILED)

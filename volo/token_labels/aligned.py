@@ -1,17 +1,13 @@
-"""Where the tokens of an augmented image look in the label map of the whole image.
+"""Label maps that follow the pixels exactly: where the tokens of an augmented image look in its label map.
 
-One :class:`~volo.data.pixels.transforms.Plan` a sample says what flip, RandAugment and crop do to the pixels; here
-the label map is led the same way. Two readings of it:
+One :class:`~volo.data.pixels.transforms.Plan` per sample says what flip, RandAugment and crop do to the pixels; here
+the label map follows the same plan, as one chain of affine maps from the network's input back to the image. Every
+token's centre goes through the chain and reads the label map there, between the four cells around it. Points that
+left the image, or any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
 
-- ``aligned``: the plan is one chain of affine maps from the network's input back to the image. Every token's centre
-  goes through it and reads the label map there, between the four cells around it. Points that left the image, or
-  any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
-- ``reference_sparse``: what the published code does, its errors included, to float rounding
-  (:mod:`volo.token_labels.published` says what that is, and does it bit for bit).
-
-Either way the result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the
-class token a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells a token. Points are (x, y) in [0, 1]
-of a canvas, with pixel i covering [i, i + 1).
+The result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the class token
+a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells per token. Points are (x, y) in [0, 1] of a canvas,
+with pixel i covering [i, i + 1).
 """
 
 import math
@@ -20,11 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from volo.data.pixels import render as pixels
 from volo.data.pixels.crop import ResizedCrop
 from volo.data.pixels.rand_augment import Op
 from volo.data.pixels.transforms import Plan
-from volo.token_labels.published import reference_map
 from volo.token_labels.store import TokenLabelMap
 
 _MAX_POINTS_PER_AXIS = 4
@@ -34,7 +28,7 @@ class TokenCells(NamedTuple):
     """What each token takes from the cells of a label map.
 
     Args:
-        scores: float32 [k, h * w], the label map's scores, warped in ``reference_sparse``.
+        scores: float32 [k, h * w], the label map's scores.
         classes: int64 [k, h * w].
         cells: int64 [N, Q], cells of each token.
         weights: float32 [N, Q], their weights; they sum to 1 for a token that lies in the image.
@@ -56,10 +50,9 @@ def token_cells(
     image_hw: tuple[int, int],
     out_hw: tuple[int, int],
     grid: tuple[int, int],
-    mode: str,
     covers: str = "whole_image",
 ) -> TokenCells:
-    """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan`` to the tokens of ``grid``.
+    """Transform ``labels``, the map of an image of ``image_hw`` pixels, by ``plan`` for the tokens of ``grid``.
 
     Args:
         labels: Label map of the image.
@@ -67,19 +60,11 @@ def token_cells(
         image_hw: Size of the image as it was decoded.
         out_hw: Size of the network's input.
         grid: (L_h, L_w), the network's final grid.
-        mode: "aligned" or "reference_sparse".
-        covers: What the map shows: "whole_image", or "reference" for the square in the middle of the image, as the
-            published labels. What lies beside the square has no label. The published way of reading a map takes
-            every map for one of the whole image.
+        covers: What the map shows: "whole_image", or "center_crop" for the square in the middle of the image, as in
+            the published labels. What lies beside the square has no label.
     """
-    if mode == "reference_sparse":
-        return _reference_cells(labels, plan, image_hw, grid)
-    assert mode == "aligned", mode
     maps = source_maps(plan, image_hw, out_hw)
-    return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "reference"), grid)
-
-
-# ------------------------------------------------------------------------------------------------ aligned
+    return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "center_crop"), grid)
 
 
 def source_maps(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> list[np.ndarray]:
@@ -89,9 +74,9 @@ def source_maps(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) 
     """
     crop = _crop_map(plan, image_hw, out_hw)
     flips = [_FLIP_X] * plan.hflip + [_FLIP_Y] * plan.vflip
-    canvas = image_hw if plan.order == "reference" else out_hw
+    canvas = image_hw if plan.order == "published" else out_hw
     ops = [m for op in reversed(plan.ops) if (m := op_map(op, canvas)) is not None]
-    return [crop, *ops, *flips] if plan.order == "reference" else [*ops, *flips, crop]
+    return [crop, *ops, *flips] if plan.order == "published" else [*ops, *flips, crop]
 
 
 _FLIP_X = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -217,84 +202,3 @@ def _beside(height: int, width: int) -> np.ndarray:
     """Return how far the cells to the right, below, and below to the right are from a cell."""
     right, below = min(1, width - 1), width * min(1, height - 1)
     return np.array([right, below, below + right])
-
-
-# ----------------------------------------------------------------------------------------------- reference
-
-
-def _reference_cells(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int], grid: tuple[int, int]) -> TokenCells:
-    led = reference_map(labels, plan, image_hw)
-    map_hw = led.scores.shape[1:]
-    return TokenCells(
-        led.scores.reshape(len(led.scores), -1),
-        led.classes.reshape(len(led.classes), -1),
-        *(pixels.roi(led.box, map_hw, grid) or roi_slowly(led.box, map_hw, grid)),
-        np.ones(grid[0] * grid[1], dtype=bool),
-    )
-
-
-def roi_slowly(
-    box: np.ndarray, map_hw: tuple[int, int], grid: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the cells that count in each bin of roi_align (not aligned, adaptive), and their weights.
-
-    What :func:`volo.data.pixels.render.roi` does, without a compiler.
-
-    Args:
-        box: float32 [4], (x1, y1, x2, y2) in cells.
-        map_hw: (h, w).
-        grid: Bins, (L_h, L_w).
-
-    Returns:
-        Cells, int64 [N, Q], their weights, float32 [N, Q], and the weight of every cell where the whole box is one
-        bin, float32 [h * w].
-    """
-    x1, y1, x2, y2 = box
-    height, width = map_hw
-    rows, row_weights = pooled_slowly(y1, y2, height, grid[0])  # [L_h, R], [L_h, R]
-    columns, column_weights = pooled_slowly(x1, x2, width, grid[1])
-    cells = rows[:, None, :, None] * width + columns[None, :, None, :]  # [L_h, L_w, R, R']
-    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
-    num_tokens = grid[0] * grid[1]
-    return (
-        cells.reshape(num_tokens, -1),
-        weights.reshape(num_tokens, -1).astype(np.float32),
-        np.outer(_whole(y1, y2, height), _whole(x1, x2, width)).ravel().astype(np.float32),
-    )
-
-
-def pooled_slowly(start: np.float32, end: np.float32, size: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells that count in each bin of roi_align along one axis, and their weights.
-
-    roi_align averages over points spaced evenly in the box, each between its two neighbours; boxes are at least one
-    cell long, and points beyond one cell outside count nothing. Both arrays are [bins, R]. In plain numbers: they are
-    few, and arrays would take longer.
-    """
-    length = np.maximum(end - start, np.float32(1))  # in float32 like roi_align, whose ceil() hangs on it
-    per_bin = math.ceil(length / np.float32(bins))
-    start, step = float(start), float(length) / bins / per_bin
-    last, firsts, rows = size - 1, [], []
-    for number in range(bins):
-        first, row = 0, []  # the weights of the cells from the first on
-        for i in range(number * per_bin, (number + 1) * per_bin):
-            point = start + (i + 0.5) * step
-            if not -1 <= point <= size:
-                continue
-            point = min(max(point, 0.0), last)
-            low = int(point)
-            if not row:
-                first = low
-            row += [0.0] * (min(low + 1, last) - first + 1 - len(row))
-            row[low - first] += 1 - (point - low)
-            row[-1] += point - low
-        firsts.append(first)
-        rows.append(row)
-    span = max(max(map(len, rows)), 1)
-    weights = np.array([row + [0.0] * (span - len(row)) for row in rows]) / per_bin
-    return np.minimum(np.array(firsts)[:, None] + np.arange(span), last), weights
-
-
-def _whole(start: np.float32, end: np.float32, size: int) -> np.ndarray:
-    """Return the weight of every cell, [size], in one bin of roi_align along one axis."""
-    cells, weights = pooled_slowly(start, end, size, 1)
-    return np.bincount(cells[0], weights[0], minlength=size)

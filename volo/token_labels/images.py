@@ -38,5 +38,5 @@ def open_images(path: str, class_list: str, labels_file: str | None = None, cach
     split = open_split(DataConfig(root or ".", train_split=name, train_labels=labels_file, cache=cache), "train")
     classes = class_names(class_list, split)
     if isinstance(split, FolderSplit) and labels_file is None and split.has_class_folders():
-        return scan_class_folders(path, classes, folder_layout(path, classes), split.manifests, "--labels")
+        return scan_class_folders(path, classes, folder_layout(path, classes), split.listing_cache, "--labels")
     return split.records(classes)

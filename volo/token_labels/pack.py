@@ -11,7 +11,7 @@ from pathlib import Path
 
 from volo.data.sources.base import PackedNames
 from volo.data.sources.records import class_names, has_image_suffix, imagenet_classes
-from volo.reporting import Progress, setup_logging
+from volo.reporting import ProgressBar, setup_logging
 from volo.runtime.program import DONE, checking_usage, with_options_of
 from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import check_covers
@@ -23,13 +23,13 @@ _logger = logging.getLogger("volo")
 
 
 @dataclass(frozen=True)
-class Options:
+class PackOptions:
     """What to pack, and what the label files do not say about themselves.
 
     Args:
         source: Folder of the label files.
         output: Store to write.
-        teacher, geometry, exif: As in :class:`volo.token_labels.StoreHeader`.
+        teacher, covers, exif: As in :class:`volo.token_labels.StoreHeader`.
         num_classes: Classes of the teacher; None takes the length of the class list.
         class_list: "imagenet", or a text file with one class name a line; None is "imagenet" where num_classes is
             not given either, and otherwise no names.
@@ -43,7 +43,7 @@ class Options:
     source: str
     output: str
     teacher: str = "published"
-    geometry: str = "reference"
+    covers: str = "center_crop"
     exif: str = "ignore"
     num_classes: int | None = None
     class_list: str | None = None
@@ -53,7 +53,7 @@ class Options:
     overwrite: bool = False
 
 
-def run_packing(options: Options) -> int:
+def run_packing(options: PackOptions) -> int:
     """Pack, and print what came of it; return the exit code."""
     setup_logging(None)
     with checking_usage():
@@ -67,7 +67,7 @@ def run_packing(options: Options) -> int:
         writer = StoreWriter(
             options.output,
             teacher=options.teacher,
-            geometry=options.geometry,
+            covers=options.covers,
             top_k=top_k,
             num_classes=num_classes,
             classes=classes,
@@ -75,7 +75,7 @@ def run_packing(options: Options) -> int:
             overwrite=options.overwrite,
         )
     sizes: Counter[tuple[int, int]] = Counter()
-    progress = Progress(len(labels), "packing", log_every=max(len(labels) // 100, 1))
+    progress = ProgressBar(len(labels), "packing", log_every=max(len(labels) // 100, 1))
     try:
         with writer:
             for entry, key in enumerate(keys):
@@ -109,7 +109,7 @@ def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tu
     return classes, len(classes)
 
 
-def image_names(options: Options) -> PackedNames:
+def image_names(options: PackOptions) -> PackedNames:
     """Return the names of the images; ValueError, in the words of our options, where there are none.
 
     Those in a folder are taken as they are, whatever their classes; archives may need these to tell the names.

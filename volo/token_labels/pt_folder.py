@@ -57,7 +57,7 @@ class PublishedLabels:
     @property
     def header(self) -> StoreHeader:
         """What the labels have in common, as far as a few files show; ValueError where none of them is a label."""
-        return StoreHeader("published", "reference", self._shape[0], self._num_classes, None, len(self))
+        return StoreHeader("published", "center_crop", self._shape[0], self._num_classes, None, len(self))
 
     def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
         """Return the height and width that maps have, as far as a few files show."""

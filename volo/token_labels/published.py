@@ -22,7 +22,7 @@ from volo.data.pixels.transforms import Plan
 from volo.token_labels.store import TokenLabelMap
 
 
-class ReferenceMap(NamedTuple):
+class PublishedMap(NamedTuple):
     """A label map after flip and RandAugment, and where the crop looks in it.
 
     Args:
@@ -36,7 +36,7 @@ class ReferenceMap(NamedTuple):
     box: np.ndarray
 
 
-class ReferenceMaps(NamedTuple):
+class PublishedMaps(NamedTuple):
     """Those of a batch, on the host or on the device: scores [B, k, h, w], classes [B, k, h, w], boxes [B, 4]."""
 
     scores: Tensor
@@ -44,18 +44,18 @@ class ReferenceMaps(NamedTuple):
     boxes: Tensor
 
     @classmethod
-    def collate(cls, samples: Sequence[ReferenceMap]) -> "ReferenceMaps":
+    def collate(cls, samples: Sequence[PublishedMap]) -> "PublishedMaps":
         """Stack samples; their maps are of one size, which is made sure of before the first step."""
         return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True)))
 
-    def map(self, function) -> "ReferenceMaps":
+    def map(self, function) -> "PublishedMaps":
         """Return a copy with ``function`` applied to every tensor."""
-        return ReferenceMaps(*map(function, self))
+        return PublishedMaps(*map(function, self))
 
 
-def reference_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) -> ReferenceMap:
+def published_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) -> PublishedMap:
     """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan``."""
-    assert plan.order == "reference" and isinstance(plan.crop, ResizedCrop), plan
+    assert plan.order == "published" and isinstance(plan.crop, ResizedCrop), plan
     scores, classes = labels.scores.astype(np.float32), labels.classes.astype(np.int64)
     if plan.hflip:
         scores, classes = scores[:, :, ::-1], classes[:, :, ::-1]
@@ -73,7 +73,7 @@ def reference_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) 
     corners[2:] += corners[:2]
     # (top, left, bottom, right), which roi_align reads as (x, y, x, y); and the width stands for the height, too.
     box = corners * np.float32(scores.shape[2]) - np.float32(0.5)
-    return ReferenceMap(np.ascontiguousarray(scores), np.ascontiguousarray(classes), box)
+    return PublishedMap(np.ascontiguousarray(scores), np.ascontiguousarray(classes), box)
 
 
 def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, np.ndarray]:
@@ -103,11 +103,11 @@ def warp(scores: np.ndarray, classes: np.ndarray, op: Op) -> tuple[np.ndarray, n
 
 
 def dense_targets(
-    maps: ReferenceMaps, truth: Tensor, grid: tuple[int, int], smoothing: float, published_smoothing: bool
+    maps: PublishedMaps, truth: Tensor, grid: tuple[int, int], smoothing: float, published_smoothing: bool
 ) -> Tensor:
     """Build the published targets [B, C, 2 + N] of a batch (truth, class token, tokens), on the device of ``maps``.
 
-    100 MB for 128 images at 1,000 classes; ``reference_sparse`` has the same values, to float rounding, without it.
+    They take 100 MB for 128 images at 1,000 classes.
 
     Args:
         maps: The batch's label maps.

@@ -9,7 +9,7 @@ from volo.data.pixels.transforms import Plan
 from volo.token_labels.aligned import TokenCells, token_cells
 from volo.token_labels.opening import check_covers, check_orientation, open_labels
 from volo.token_labels.pt_folder import PublishedLabels, sample
-from volo.token_labels.published import ReferenceMap, reference_map
+from volo.token_labels.published import PublishedMap, published_map
 from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 
 # Reading one takes some 0.3 ms from memory, and some 10 ms over a network.
@@ -23,10 +23,10 @@ class LabelSource:
 
     Args:
         root: A packed store or a folder in the published layout.
-        names: Name of each image, as :class:`volo.data.sources.base.Source` has it.
+        names: Name of each image, as :class:`volo.data.sources.base.ImageSource` has it.
         classes: Class names in index order.
         grid: (rows, columns) of the network's final token grid.
-        geometry: "aligned", "reference" or "reference_sparse".
+        geometry: "aligned" or "published".
         exif: What the run does with orientation tags, "ignore" or "apply"; the labels have to be made alike.
         verify_checksums: Read all of a packed store and compare its checksums.
 
@@ -56,7 +56,7 @@ class LabelSource:
         self.entries: np.ndarray = check_covers(self.labels, [label_key(name) for name in names], len(classes), classes)
         self.grid = grid
         self.geometry = geometry
-        self._map_hw = self.labels.map_hw(self.entries) if geometry == "reference" else None
+        self._map_hw = self.labels.map_hw(self.entries) if geometry == "published" else None
 
     def try_files(self, on_error: str) -> None:
         """Read label files of the published layout: all of them where they are few, else some from all over.
@@ -88,15 +88,15 @@ class LabelSource:
 
     def led(
         self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]
-    ) -> TokenCells | ReferenceMap:
+    ) -> TokenCells | PublishedMap:
         """Return the label map of image ``index`` after ``plan``: what each token takes from it.
 
         Raises ValueError, naming the label, where it is damaged.
         """
         labels = self._read(index)
-        if self.geometry == "reference":
-            return reference_map(labels, plan, image_hw)
-        return token_cells(labels, plan, image_hw, out_hw, self.grid, self.geometry, self.labels.header.geometry)
+        if self.geometry == "published":
+            return published_map(labels, plan, image_hw)
+        return token_cells(labels, plan, image_hw, out_hw, self.grid, self.labels.header.covers)
 
     def _read(self, index: int) -> TokenLabelMap:
         entry = int(self.entries[index])
@@ -106,13 +106,13 @@ class LabelSource:
             raise ValueError(
                 f"{self.labels.path}: the map of {self.labels.key(entry)} has {found[0]}x{found[1]} cells and others "
                 f"have {self._map_hw[0]}x{self._map_hw[1]}, where the published way of reading them takes one size: "
-                "generate it again, or set token_label.geometry to reference_sparse"
+                "generate it again, or set token_label.geometry to aligned"
             )
         return labels
 
     def __str__(self) -> str:
         header = self.labels.header
         return (
-            f"{self.labels.path}: top {header.top_k} of {header.teacher}, {header.geometry}, read as {self.geometry} "
+            f"{self.labels.path}: top {header.top_k} of {header.teacher}, {header.covers}, read as {self.geometry} "
             f"for a grid of {self.grid[0]}x{self.grid[1]} tokens"
         )

@@ -30,7 +30,7 @@ FORMAT = "volo token labels"
 VERSION = 1
 HEADER = "header.json"
 FILES = ("scores.bin", "classes.bin", "entries.bin", "keys.bin", "index.bin")
-GEOMETRIES = ("whole_image", "reference")
+COVERS = ("whole_image", "center_crop")
 EXIF_MODES = ("ignore", "apply")
 MAX_CLASSES = 1 << 15  # class indices are int16
 
@@ -57,7 +57,7 @@ class StoreHeader:
 
     Args:
         teacher: Name of the network that gave the labels.
-        geometry: What a map covers: "whole_image", or "reference" for the centre crop that the published labels
+        covers: What a map covers: "whole_image", or "center_crop" for the centre crop that the published labels
             were made from, which the published code treats as if it were the whole image.
         top_k: Scores a cell, k.
         num_classes: Classes of the teacher, C; None where it is not known.
@@ -68,7 +68,7 @@ class StoreHeader:
     """
 
     teacher: str
-    geometry: str
+    covers: str
     top_k: int
     num_classes: int | None
     classes: tuple[str, ...] | None
@@ -193,8 +193,7 @@ class TokenLabelStore:
             a, b, c, d = height[first], width[first], height[second], width[second]
             raise ValueError(
                 f"{self.path} has maps of {len(sizes):,} sizes ({a}x{b}, {c}x{d}, ...), and the published way of "
-                "reading them takes one: set token_label.geometry to reference_sparse, which has the same targets to "
-                "float rounding, or to aligned"
+                "reading them takes one: set token_label.geometry to aligned"
             )
         return int(height[0]), int(width[0])
 
@@ -273,6 +272,12 @@ def is_store(path: Path) -> bool:
         return False
 
 
+def _covers(values: dict) -> str:
+    """Return what maps cover; a header of an earlier version calls it geometry, and the centre crop "reference"."""
+    covers = values["covers"] if "covers" in values else values["geometry"]
+    return {"reference": "center_crop"}.get(covers, str(covers))
+
+
 def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]]:
     """Return the header and the record, size and checksum, of each file."""
     try:
@@ -291,7 +296,7 @@ def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]
         classes = values["classes"]
         header = StoreHeader(
             teacher=str(values["teacher"]),
-            geometry=str(values["geometry"]),
+            covers=_covers(values),
             top_k=int(values["top_k"]),
             num_classes=int(values["num_classes"]),
             classes=None if classes is None else tuple(classes),

@@ -18,11 +18,11 @@ import numpy as np
 
 from volo.runtime.files import sync_folder
 from volo.token_labels.store import (
+    COVERS,
     ENTRY,
     EXIF_MODES,
     FILES,
     FORMAT,
-    GEOMETRIES,
     HEADER,
     MAX_CLASSES,
     VERSION,
@@ -42,7 +42,7 @@ class StoreWriter:
 
     Args:
         path: Folder to make.
-        teacher, geometry, top_k, num_classes, classes, exif: As in :class:`StoreHeader`.
+        teacher, covers, top_k, num_classes, classes, exif: As in :class:`StoreHeader`.
         overwrite: Replace a store that is there already, at the moment when the new one is whole.
 
     Raises:
@@ -54,7 +54,7 @@ class StoreWriter:
         path: str | os.PathLike,
         *,
         teacher: str,
-        geometry: str,
+        covers: str,
         top_k: int,
         num_classes: int,
         classes: tuple[str, ...] | None = None,
@@ -62,7 +62,7 @@ class StoreWriter:
         overwrite: bool = False,
     ):
         self.path = Path(path).resolve()
-        self._header = StoreHeader(teacher, geometry, top_k, num_classes, classes, entries=0, exif=exif)
+        self._header = StoreHeader(teacher, covers, top_k, num_classes, classes, entries=0, exif=exif)
         _check_header(self._header)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")
@@ -227,8 +227,8 @@ class _HashedFile:
 
 
 def _check_header(header: StoreHeader) -> None:
-    if header.geometry not in GEOMETRIES:
-        raise ValueError(f"geometry is {header.geometry!r}, allowed is {' or '.join(GEOMETRIES)}")
+    if header.covers not in COVERS:
+        raise ValueError(f"covers is {header.covers!r}, allowed is {' or '.join(COVERS)}")
     if header.exif not in EXIF_MODES:
         raise ValueError(f"exif is {header.exif!r}, allowed is {' or '.join(EXIF_MODES)}")
     if not 1 <= header.num_classes <= MAX_CLASSES:

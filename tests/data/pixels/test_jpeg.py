@@ -24,10 +24,10 @@ def by(request):
     """Every test is for both decoders; the one that decodes boxes needs a header that is not everywhere."""
     if request.param == "rows":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jpeg_region, "why_not", lambda: "as the test has it")
+            patch.setattr(jpeg_region, "unavailable_reason", lambda: "as the test has it")
             yield request.param
         return
-    if reason := jpeg_region.why_not():
+    if reason := jpeg_region.unavailable_reason():
         pytest.skip(reason)
     yield request.param
 

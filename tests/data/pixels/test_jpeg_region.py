@@ -27,7 +27,9 @@ KINDS = (
     {"restart_marker_blocks": 3},
     {"keep_rgb": True},
 )
-needs_library = pytest.mark.skipif(jpeg_region.why_not() is not None, reason=str(jpeg_region.why_not()))
+needs_library = pytest.mark.skipif(
+    jpeg_region.unavailable_reason() is not None, reason=str(jpeg_region.unavailable_reason())
+)
 
 
 def encoded(image: Image.Image, **options) -> bytes:
@@ -162,9 +164,9 @@ def test_it_runs_wherever_its_header_is():
     """The tests of boxes are left out where there is none: not where the source does not compile for another reason."""
     ask = [*compiled._compiler(), "-x", "c++", "-E", "-include", "cstdio", "-include", "jpeglib.h", "/dev/null"]
     if subprocess.run(ask, capture_output=True).returncode == 0:
-        assert jpeg_region.why_not() is None
+        assert jpeg_region.unavailable_reason() is None
     else:
-        assert "jpeglib.h" in jpeg_region.why_not() or "jconfig.h" in jpeg_region.why_not()
+        assert "jpeglib.h" in jpeg_region.unavailable_reason() or "jconfig.h" in jpeg_region.unavailable_reason()
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_without_the_header_rows_are_decoded(fresh, tmp_path):
     source = tmp_path / "jpeg_region.cpp"
     source.write_text("#include <none/jconfig.h>\n")
     fresh.setattr(jpeg_region, "_SOURCE", source)
-    reason = jpeg_region.why_not()
+    reason = jpeg_region.unavailable_reason()
     assert reason.startswith("what decodes parts of JPEGs cannot be built: ") and "none/jconfig.h" in reason
     assert reason.endswith("; a package such as libjpeg-dev has it")
     data = encoded(PHOTOGRAPH)
@@ -190,13 +192,13 @@ def test_without_the_header_rows_are_decoded(fresh, tmp_path):
 @needs_library
 def test_a_library_that_lacks_a_function_is_not_taken(fresh):
     fresh.setattr(Image.core, "__file__", ctypes.util.find_library("m"))
-    assert jpeg_region.why_not() == "Pillow's JPEG library has no jpeg_read_scanlines"
+    assert jpeg_region.unavailable_reason() == "Pillow's JPEG library has no jpeg_read_scanlines"
 
 
 @needs_library
 def test_a_library_that_gives_other_bytes_is_not_taken(fresh):
     fresh.setattr(jpeg_region, "_decode", lambda library, data, frame, box, pixels: True)
-    assert jpeg_region.why_not() == "Pillow's JPEG library is another one than jpeglib.h speaks of"
+    assert jpeg_region.unavailable_reason() == "Pillow's JPEG library is another one than jpeglib.h speaks of"
 
 
 @needs_library
@@ -206,11 +208,11 @@ def test_the_library_says_which_layout_is_its_own(fresh):
     assert len(right) == 1
     fresh.setattr(jpeg_region, "_LAYOUTS", (*(set(jpeg_region._LAYOUTS) - set(right)), *right))
     jpeg_region._library.cache_clear()
-    assert jpeg_region.why_not() is None
+    assert jpeg_region.unavailable_reason() is None
 
 
 def _alone(fresh: pytest.MonkeyPatch, layout: int) -> str | None:
     jpeg_region._library.cache_clear()
     with fresh.context() as patch:
         patch.setattr(jpeg_region, "_LAYOUTS", (layout,))
-        return jpeg_region.why_not()
+        return jpeg_region.unavailable_reason()

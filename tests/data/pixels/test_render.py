@@ -33,7 +33,7 @@ EXACT = platform.machine() in ("x86_64", "AMD64")
 
 @pytest.fixture(autouse=True, scope="module")
 def built():
-    assert pixels.why_not() is None
+    assert pixels.unavailable_reason() is None
 
 
 def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -66,7 +66,7 @@ def only_needed(image: Image.Image) -> Pixels:
 # ---- operations and plans
 
 
-@pytest.mark.parametrize("order", ["timm", "reference"])
+@pytest.mark.parametrize("order", ["timm", "published"])
 @pytest.mark.parametrize("name", sorted(_ARGUMENT))
 def test_every_operation_is_pillows(name, order):
     """On photographs, at magnitudes 0 ... 10, of both signs and resamplings, on both canvases."""
@@ -83,13 +83,13 @@ def test_every_operation_is_pillows(name, order):
 
 @given(
     seed=st.integers(0, 2**32),
-    order=st.sampled_from(["timm", "reference"]),
+    order=st.sampled_from(["timm", "published"]),
     crop=st.sampled_from(["random_resized", "shift"]),
     size=st.tuples(st.integers(1, 133), st.integers(1, 97)),
     out=st.tuples(st.integers(1, 60), st.integers(1, 60)),
 )
 @example(seed=0, order="timm", crop="random_resized", size=(1, 1), out=(1, 1))
-@example(seed=1, order="reference", crop="random_resized", size=(2, 97), out=(60, 3))
+@example(seed=1, order="published", crop="random_resized", size=(2, 97), out=(60, 3))
 @settings(max_examples=300, deadline=None)
 def test_drawn_plans_are_pillows_at_any_size(seed, order, crop, size, out):
     """Small images and tiny outputs, three operations each: every edge of every canvas is met."""
@@ -100,7 +100,7 @@ def test_drawn_plans_are_pillows_at_any_size(seed, order, crop, size, out):
     assert_same(native.apply(only_needed(image), plan), exact.apply(image, plan))
 
 
-@pytest.mark.parametrize("order", ["timm", "reference"])
+@pytest.mark.parametrize("order", ["timm", "published"])
 def test_plans_of_the_published_recipe_are_pillows_on_photographs(order):
     native, exact = both(AugmentConfig(order=order), (224, 224))
     for seed in range(24):
@@ -118,7 +118,7 @@ def test_geometric_operations_take_pixels_from_where_they_say():
     for name, value in (("ShearX", 0.27), ("ShearY", -0.2), ("TranslateXRel", 0.4), ("Rotate", 27.0)):
         op = Op(name, (value,), BILINEAR)
         a, b, c, d, e, f = pixels._affine(op, height, width)
-        out = native.apply(image, Plan("reference", ResizedCrop(0, 0, height, width, BILINEAR), ops=(op,)))
+        out = native.apply(image, Plan("published", ResizedCrop(0, 0, height, width, BILINEAR), ops=(op,)))
         seen = out[2] == 255
         from_x, from_y = a * (x + 0.5) + b * (y + 0.5) + c - 0.5, d * (x + 0.5) + e * (y + 0.5) + f - 0.5
         inside = (from_x > 0) & (from_x < width - 1) & (from_y > 0) & (from_y < height - 1)
@@ -179,9 +179,9 @@ def test_without_a_compiler_auto_takes_pillow_and_native_is_refused(no_compiler,
 
 
 def test_the_backend_says_what_it_is(monkeypatch):
-    monkeypatch.setattr(jpeg_region, "why_not", lambda: None)
+    monkeypatch.setattr(jpeg_region, "unavailable_reason", lambda: None)
     assert str(Backend("auto")) == str(Backend("native")) == "native"
-    monkeypatch.setattr(jpeg_region, "why_not", lambda: "no header")
+    monkeypatch.setattr(jpeg_region, "unavailable_reason", lambda: "no header")
     assert str(Backend("auto")) == "native (JPEGs by whole rows, a little slower: no header)"
     assert str(Backend("pillow")) == "Pillow (as asked for)"
 

@@ -38,7 +38,7 @@ def test_crop_pct_above_one_pads_with_black():
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "shift"])
-@pytest.mark.parametrize("order", ["timm", "reference"])
+@pytest.mark.parametrize("order", ["timm", "published"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 30), (300, 20)])
 def test_every_drawn_plan_can_be_applied(make_picture, order, crop, size):
     config = AugmentConfig(order=order, crop=crop, vflip=0.5, rand_augment="rand-m9-mstd0.5-inc1-n3-p0.9")
@@ -67,7 +67,7 @@ def test_the_steps_of_a_plan_in_either_order(make_picture):
     ops = (Op("Invert"),)
     timm_order = transform.apply(image, Plan("timm", crop, hflip=True, ops=ops))
     np.testing.assert_array_equal(timm_order, np.asarray(inverted_and_mirrored(cropped(image))).transpose(2, 0, 1))
-    reference = transform.apply(image, Plan("reference", crop, hflip=True, ops=ops))
+    reference = transform.apply(image, Plan("published", crop, hflip=True, ops=ops))
     np.testing.assert_array_equal(reference, np.asarray(cropped(inverted_and_mirrored(image))).transpose(2, 0, 1))
     assert (timm_order != reference).any()
     upside_down = transform.apply(image, Plan("timm", crop, vflip=True))

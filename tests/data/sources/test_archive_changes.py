@@ -11,7 +11,7 @@ import pytest
 from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources import archive_index, ranges
 from volo.data.sources.archives import ArchiveSplit
-from volo.data.sources.listing_cache import Manifests
+from volo.data.sources.listing_cache import ListingCache
 from volo.data.sources.ranges import RangeReader, stamp
 from volo.data.sources.records import ImageRecords
 
@@ -30,7 +30,7 @@ def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_index, "_go_through", lambda *words: gone_through.append(words) or plain(*words))
 
     def names() -> list[str]:
-        split = ArchiveSplit([str(path)], "here", manifests=Manifests(tmp_path / "cache"))
+        split = ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache"))
         assert set(split.found_classes()) == set(CLASSES)
         found = split.records(CLASSES)
         assert [found.read(i) for i in range(len(found))] == [files[name] for name in found.names]
@@ -52,12 +52,12 @@ def test_copies_of_other_times_have_an_index_each(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_index, "_go_through", lambda *words: count.append(words) or plain(*words))
     for made, hours in enumerate([1, 2, 1, 2, 1, 3], 1):
         os.utime(path, (1.7e9 + 3600 * hours,) * 2)
-        ArchiveSplit([str(path)], "here", manifests=Manifests(tmp_path / "cache")).records(CLASSES)
+        ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
         assert len(count) == (made if made <= 2 else 2 + (hours == 3))
     for kept in (tmp_path / "cache").iterdir():
         formats.settle(kept, hours=24 * 31)  # no run has looked at them for a month
     os.utime(path, (1.7e9,) * 2)
-    ArchiveSplit([str(path)], "here", manifests=Manifests(tmp_path / "cache")).records(CLASSES)
+    ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -65,7 +65,7 @@ def test_a_clock_that_is_ahead_is_told(tmp_path, caplog):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     formats.settle(path, hours=-1)
     with caplog.at_level("WARNING", "volo"):
-        ArchiveSplit([str(path)], "here", manifests=Manifests(tmp_path / "cache")).records(CLASSES)
+        ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
     assert "from now, by the clock of its file system" in caplog.text
 
 
@@ -173,7 +173,9 @@ def test_an_index_of_a_url_is_kept_where_a_change_can_be_seen(tmp_path, monkeypa
 
     def names() -> list[str]:
         return list(
-            ArchiveSplit(["s3://all.tar"], "here", manifests=Manifests(tmp_path / "cache")).records(CLASSES).names
+            ArchiveSplit(["s3://all.tar"], "here", listing_cache=ListingCache(tmp_path / "cache"))
+            .records(CLASSES)
+            .names
         )
 
     assert names() == list(FILES)

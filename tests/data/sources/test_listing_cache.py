@@ -11,7 +11,7 @@ import pytest
 from volo.data.sources import folders
 from volo.data.sources.folders import FolderSplit, scan_class_folders
 from volo.data.sources.label_files import LabelsOption
-from volo.data.sources.listing_cache import Manifests
+from volo.data.sources.listing_cache import ListingCache
 
 CLASSES = ("a", "a-b", "b", "c")
 
@@ -49,7 +49,7 @@ class Listings:
     def names(self, **options) -> tuple[list[str], int]:
         """The names found, which must be those that are there, and the number of folders looked into."""
         self.looked = 0
-        records = scan_class_folders(str(self.root), CLASSES, manifests=Manifests(self.cache, **options))
+        records = scan_class_folders(str(self.root), CLASSES, listing_cache=ListingCache(self.cache, **options))
         looked, fresh = self.looked, scan_class_folders(str(self.root), CLASSES)
         assert records.names == fresh.names and records.labels.tolist() == fresh.labels.tolist()
         assert records.ignored == fresh.ignored and records.labels.dtype == np.int64
@@ -131,7 +131,7 @@ def test_a_listing_of_something_else_is_made_anew(listings, root, tmp_path, capl
     shutil.copytree(root, tmp_path / "other")
     (tmp_path / "other/b/99.png").touch()
     settle(tmp_path / "other")
-    scan_class_folders(str(tmp_path / "other"), CLASSES, manifests=Manifests(listings.cache))
+    scan_class_folders(str(tmp_path / "other"), CLASSES, listing_cache=ListingCache(listings.cache))
     (foreign,) = set(listings.cache.iterdir()) - {kept}
     shutil.copy(foreign, kept)
     assert listings.names() == (expected, 3) and "lists something else" in caplog.text
@@ -148,9 +148,9 @@ def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
     for name in ("x.png", "y.png"):
         (root / "a" / name).touch()
     settle(root)
-    manifests = Manifests(listings.cache)
+    listing_cache = ListingCache(listings.cache)
     for _ in range(2):
-        split = FolderSplit(str(root / "a"), LabelsOption(file=str(tmp_path / "labels.txt")), manifests)
+        split = FolderSplit(str(root / "a"), LabelsOption(file=str(tmp_path / "labels.txt")), listing_cache)
         assert sorted(split.found_classes()) == ["a", "b"]
         records = split.records(CLASSES)
         assert list(records.names) == ["deep/er/z.jpg", "x.png", "y.png"] and records.labels.tolist() == [0, 0, 2]
@@ -159,11 +159,11 @@ def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
 
 def test_where_listings_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Manifests.of("auto").folder == tmp_path / "volo"
+    assert ListingCache.of("auto").folder == tmp_path / "volo"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert Manifests.of("auto").folder == Path.home() / ".cache/volo"
-    assert Manifests.of("none").folder is None
-    assert Manifests.of("~/x", relist=True).folder == Path.home() / "x"
+    assert ListingCache.of("auto").folder == Path.home() / ".cache/volo"
+    assert ListingCache.of("none").folder is None
+    assert ListingCache.of("~/x", relist=True).folder == Path.home() / "x"
 
 
 def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):

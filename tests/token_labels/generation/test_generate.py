@@ -174,7 +174,7 @@ def test_labels_of_a_volo_checkpoint_of_ours(images, volo, tmp_path, capsys):
     assert_labels(store, labels)
     assert_accuracy(out, right)
     header = store.header
-    assert (header.geometry, header.top_k, header.classes, header.entries) == ("whole_image", 3, CLASSES, NUM_IMAGES)
+    assert (header.covers, header.top_k, header.classes, header.entries) == ("whole_image", 3, CLASSES, NUM_IMAGES)
     assert header.teacher.startswith("volo_nano, weights ")
     assert [path.name for path in tmp_path.iterdir()] == ["labels"]
 
@@ -220,8 +220,8 @@ class Colours(nn.Module):
 
 
 @pytest.mark.parametrize("keeps_aspect", [True, False])
-@pytest.mark.parametrize("geometry", ["whole_image", "reference"])
-def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, geometry, tmp_path):
+@pytest.mark.parametrize("covers", ["whole_image", "center_crop"])
+def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, covers, tmp_path):
     """Left red, right blue; above green, below blue: each cell shows the colour that is in its place."""
     pixels = np.zeros((2, 50, 100, 3), dtype=np.uint8)
     pixels[0, :, :50, 0] = pixels[0, :, 50:, 2] = 255
@@ -234,10 +234,10 @@ def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, geomet
     given = TeacherInput((32, 32), keeps_aspect, 8, "bicubic")
     teacher = Teacher("colours", Colours(), timm_logits, 3, given, (0, 0, 0), (1, 1, 1))
     labeller = Labeller(teacher, records, torch.device("cpu"), torch.no_grad, 1, 2, "fail")
-    chunks, _ = read_chunks(records, [range(2)], given, geometry=geometry, exif="ignore", workers=0)
+    chunks, _ = read_chunks(records, [range(2)], given, covers=covers, exif="ignore", workers=0)
     (_, sides), (_, halves) = labeller.block(chunks).labels
 
-    rows, cols = (3, 6) if keeps_aspect and geometry == "whole_image" else (4, 4)
+    rows, cols = (3, 6) if keeps_aspect and covers == "whole_image" else (4, 4)
     assert sides.classes.shape == (1, rows, cols)
     np.testing.assert_array_equal(sides.classes[0], [[0] * (cols // 2) + [2] * (cols // 2)] * rows)
     assert (halves.classes[0, : rows // 2] == 1).all()
@@ -248,12 +248,12 @@ def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, geomet
 
 def test_published_format_holds_the_same_labels(images, volo, tmp_path):
     for layout in ("packed", "published"):
-        given = options(images, tmp_path / layout, "volo_nano", volo, format=layout, geometry="reference")
+        given = options(images, tmp_path / layout, "volo_nano", volo, format=layout, covers="center_crop")
         assert run_generation(given) == DONE
     tensor = torch.load(tmp_path / "published" / CLASSES[0] / "0.pt")  # the image is called 0.v1.png
     assert tensor.dtype == torch.float16 and tensor.shape == (2, 5, 4, 4)
     packed, published = TokenLabelStore(tmp_path / "packed"), PublishedLabels(tmp_path / "published")
-    assert packed.header.geometry == "reference"
+    assert packed.header.covers == "center_crop"
     keys = [packed.key(entry) for entry in range(len(packed))]
     for entry, other in enumerate(published.find(keys)):
         for a, b in zip(packed.read(entry), published.read(other), strict=True):
@@ -267,7 +267,7 @@ def test_how_images_were_turned_is_written_down(images, cnn, tmp_path, capsys):
     assert TokenLabelStore(tmp_path / "packed").header.exif == "apply"
     # A folder of files cannot say it; who packs it can.
     assert (
-        f"pack_token_labels.py --source {tmp_path / 'published'} --geometry whole_image --exif apply\n"
+        f"pack_token_labels.py --source {tmp_path / 'published'} --covers whole_image --exif apply\n"
         in capsys.readouterr().out
     )
 
@@ -382,7 +382,7 @@ def test_a_full_disk_ends_it_with_the_reason_and_it_goes_on_later(images, cnn, t
 
 @pytest.mark.parametrize(
     "change",
-    [{"geometry": "reference"}, {"top_k": 4}, {"img_size": 128}, {"exif": "apply"}, {"precision": "bf16"}],
+    [{"covers": "center_crop"}, {"top_k": 4}, {"img_size": 128}, {"exif": "apply"}, {"precision": "bf16"}],
     ids=lambda change: next(iter(change)),
 )
 def test_other_options_do_not_mix_with_what_is_done(change, images, cnn, tmp_path):
@@ -489,7 +489,7 @@ def test_wrong_options_end_with_code_2_and_the_reason(images, cnn, tmp_path):
         programs.run(GENERATE, *command, cwd=tmp_path).assert_failed(USAGE, *told)
         assert not (tmp_path / "labels.parts").exists()
 
-    refused("geometry", "hole_image", geometry="hole_image")
+    refused("covers", "hole_image", covers="hole_image")
     refused("--top_k is 9", "8 classes", top_k=9)
 
 

@@ -220,7 +220,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 37), (37, 50), (40, 40), (31, 33), (200, 21)])
-def test_reference_geometry_is_pillows_resize_and_centre_crop(width, height):
+def test_center_crop_is_pillows_resize_and_centre_crop(width, height):
     side = 32
     shorter = min(width, height)
     scaled = (
@@ -231,7 +231,7 @@ def test_reference_geometry_is_pillows_resize_and_centre_crop(width, height):
     left, top = (int(round((length - side) / 2)) for length in scaled)
     expected = np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
     given_size = TeacherInput((side, side), True, 16, "bicubic")
-    np.testing.assert_array_equal(given_size.prepare(noise(width, height), "reference"), expected)
+    np.testing.assert_array_equal(given_size.prepare(noise(width, height), "center_crop"), expected)
 
 
 def test_the_whole_image_is_resized_and_nothing_is_cut_off():

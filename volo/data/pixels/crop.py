@@ -60,7 +60,7 @@ def draw_resized_crop(
     Ten boxes are tried; where none fits, the largest centred box of an allowed aspect ratio is taken.
 
     Args:
-        rng: Source of the draws.
+        rng: ImageSource of the draws.
         image_hw: Size of the image.
         scale: Smallest and largest area of the box, over the area of the image.
         ratio: Smallest and largest width over height; drawn log-uniformly.
@@ -108,7 +108,7 @@ def draw_erase_box(
     taken.
 
     Args:
-        rng: Source of the draws.
+        rng: ImageSource of the draws.
         image_hw: Size of the image that the box is for.
         prob: Probability of a box.
         area: Smallest and largest area over that of the image.

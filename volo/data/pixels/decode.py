@@ -109,7 +109,7 @@ def read_pixels(data: bytes, name: str, exif: str = "ignore") -> tuple[Pixels, N
 def _decoded(data: bytes, name: str, frame: Frame, box: Box) -> np.ndarray:
     """Return a plain JPEG as uint8 [H, W, 4], of which ``box`` is right, decoded by Pillow if need be."""
     pixels = reused(frame.height, frame.width)
-    by_boxes = jpeg_region.why_not() is None
+    by_boxes = jpeg_region.unavailable_reason() is None
     if jpeg_region.decode(data, frame, box, pixels) if by_boxes else _decode_rows(data, frame, box[3], pixels):
         return pixels
     image, _ = read_image(data, name)  # Pillow says what it makes of it

@@ -23,7 +23,7 @@ _LAYOUTS = (62, 80)
 _HEADERS = ("jpeglib.h", "jconfig.h")
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return None where this runs, else why it does not. The first call in a process may build it."""
     library = _library()
     return library if isinstance(library, str) else None

@@ -52,7 +52,7 @@ _memory = threading.local()
 Box = tuple[int, int, int, int]
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return None where this runs, else why it does not. The first call in a process may build it."""
     library = _library()
     return library if isinstance(library, str) else None
@@ -171,30 +171,6 @@ def from_image(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def roi(
-    box: np.ndarray, map_hw: tuple[int, int], grid: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return what :func:`volo.token_labels.aligned.roi_slowly` returns; None where nothing native can be built."""
-    library = _library()
-    if isinstance(library, str):
-        return None
-    assert box.dtype == np.float32 and box.shape == (4,)
-    x1, y1, x2, y2 = box.tolist()
-    # Cells that a bin may touch, along each axis: those that its points lie in, and one more on either side.
-    most = [
-        min(side, math.ceil(max(end - start, 1.0) / bins) + 3)
-        for start, end, side, bins in ((y1, y2, map_hw[0], grid[0]), (x1, x2, map_hw[1], grid[1]))
-    ]
-    tokens, room = grid[0] * grid[1], grid[0] * grid[1] * most[0] * most[1]
-    cells, weights = np.empty(room, np.int64), np.empty(room, np.float32)
-    class_weights = np.empty(map_hw[0] * map_hw[1], np.float32)
-    arrays = (cells.ctypes.data, weights.ctypes.data, class_weights.ctypes.data)
-    count = library.roi(box.ctypes.data, *map_hw, *grid, *arrays)
-    assert tokens * count <= room
-    used = tokens * count
-    return cells[:used].reshape(tokens, count), weights[:used].reshape(tokens, count), class_weights
-
-
 def _pack(op: Op, height: int, width: int) -> bytes:
     if op.resample is None:
         return _OP.pack(_KINDS[op.name], 0, *(op.args or (0.0,)), 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -235,8 +211,6 @@ def _library() -> ctypes.CDLL | str:
         return f"The native augmentation cannot be built: {error}"
     library.render.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.render.restype = None
-    library.roi.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 3]
-    library.roi.restype = ctypes.c_int64
     library.box_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.box_needed.restype = None
     return library

@@ -39,11 +39,11 @@ class Backend:
     """
 
     def __init__(self, choice: str):
-        reason = pixels.why_not() if choice != "pillow" else "as asked for"
+        reason = pixels.unavailable_reason() if choice != "pillow" else "as asked for"
         if reason and choice == "native":
             raise ValueError(f"augment.backend is 'native'. {reason}; give auto or pillow")
         self.native = reason is None
-        self._reason = reason or jpeg_region.why_not()
+        self._reason = reason or jpeg_region.unavailable_reason()
 
     def __str__(self) -> str:
         if not self.native:
@@ -57,7 +57,7 @@ class Plan:
     """What happens to one training image.
 
     Args:
-        order: "timm": crop, flip, operations. "reference": flip, operations on the whole image, crop.
+        order: "timm": crop, flip, operations. "published": flip, operations on the whole image, crop.
         crop: What becomes the output; its box refers to the image as it is when its turn comes.
         hflip: Mirror left and right.
         vflip: Mirror top and bottom.
@@ -65,7 +65,7 @@ class Plan:
         erase: Box (top, left, bottom, right) of the output that noise replaces; all zeros for none.
     """
 
-    order: Literal["timm", "reference"]
+    order: Literal["timm", "published"]
     crop: ResizedCrop | Shift
     hflip: bool = False
     vflip: bool = False
@@ -115,7 +115,7 @@ class TrainTransform:
             return _pixels(image).augmented(
                 self.image_hw,
                 plan.crop,
-                ops_first=plan.order == "reference",
+                ops_first=plan.order == "published",
                 hflip=plan.hflip,
                 vflip=plan.vflip,
                 ops=plan.ops,
@@ -129,7 +129,7 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         for op in plan.ops:
             image = op.apply(image, self.fill)
-        if plan.order == "reference":
+        if plan.order == "published":
             image = plan.crop.apply(image, self.image_hw)
         return to_array(image)
 

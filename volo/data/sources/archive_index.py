@@ -14,7 +14,7 @@ from volo.data.sources.base import PackedNames
 from volo.data.sources.listing_cache import Arrays
 from volo.data.sources.ranges import open_url, stamp
 from volo.data.sources.records import has_image_suffix
-from volo.reporting import Progress
+from volo.reporting import ProgressBar
 
 _THREADS = 16  # going through an archive is mostly waiting for the disk or the network
 _BLOCK = 512
@@ -56,7 +56,7 @@ def index_archives(urls: list[str], stamps: list[str], place: str) -> Arrays:
     parts: list[tuple[int, _Part]] = []
     tasks = [(number, url, 0, None, "") for number, url in enumerate(urls)]
     while tasks:
-        bar = Progress(len(tasks), f"indexing {place}", log_every=max(len(tasks) // 10, 1), delay=10)
+        bar = ProgressBar(len(tasks), f"indexing {place}", log_every=max(len(tasks) // 10, 1), delay=10)
         inner = []
         with ThreadPoolExecutor(_THREADS) as pool:
             done = pool.map(lambda task: _go_through(*task[1:]), tasks)

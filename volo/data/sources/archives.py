@@ -20,17 +20,17 @@ import numpy as np
 
 from volo.data.pixels.decode import SUFFIX_FORMATS, UnreadableImage
 from volo.data.sources.archive_index import index_archives, stamps_of
-from volo.data.sources.base import PackedNames, Source
+from volo.data.sources.base import ImageSource, PackedNames
 from volo.data.sources.label_files import LabelsOption, class_indices, label_indices, label_texts, some
-from volo.data.sources.listing_cache import Arrays, Manifests
+from volo.data.sources.listing_cache import Arrays, ListingCache
 from volo.data.sources.ranges import RangeReader, is_url, tells_changes
 from volo.data.sources.records import ImageRecords, Split, require_known
 
-_UNKEPT = Manifests(None)
+_UNKEPT = ListingCache(None)
 _NO_LABELS = LabelsOption()
 
 
-class ArchiveSource(Source):
+class ArchiveSource(ImageSource):
     """Images in archives.
 
     Args:
@@ -65,7 +65,7 @@ class ArchiveSplit(Split):
         urls: Local paths or URLs, each once.
         place: What they are called together, for messages.
         labels: Labels of the images where they have none of their own; a labels file comes before these.
-        manifests: Where the index is kept.
+        listing_cache: Where the index is kept.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class ArchiveSplit(Split):
         urls: Sequence[str],
         place: str,
         labels: LabelsOption = _NO_LABELS,
-        manifests: Manifests = _UNKEPT,
+        listing_cache: ListingCache = _UNKEPT,
     ):
         super().__init__(place, labels)
         self.urls = [url if is_url(url) else os.path.abspath(url.removeprefix("file://")) for url in urls]
-        self.manifests = manifests
+        self.listing_cache = listing_cache
         self._index: Arrays | None = None
 
     def index(self) -> Arrays:
@@ -87,7 +87,7 @@ class ArchiveSplit(Split):
             text = "\n".join(self.urls)
             place = f"{self.place} ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
             keep = all(map(tells_changes, stamps))
-            self._index = (self.manifests if keep else Manifests(None)).get(
+            self._index = (self.listing_cache if keep else ListingCache(None)).get(
                 "archives",
                 place,
                 lambda: index_archives(self.urls, stamps, self.place),

@@ -67,7 +67,7 @@ class PackedNames(Sequence[str]):
     __hash__ = None
 
 
-class Source(ABC):
+class ImageSource(ABC):
     """The files of N images, in whatever they are stored. Safe to fork and to pickle: a process opens its own.
 
     Args:
@@ -94,7 +94,7 @@ class Source(ABC):
         """Return where a user finds the file: its full path, or what it is stored in and its name in there."""
 
 
-class FolderSource(Source):
+class FolderSource(ImageSource):
     """Files of a folder.
 
     Args:

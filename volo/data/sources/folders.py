@@ -9,13 +9,13 @@ import numpy as np
 from volo.data.pixels.decode import SUFFIX_FORMATS
 from volo.data.sources.base import FolderSource, PackedNames
 from volo.data.sources.label_files import LabelsOption, is_number, label_indices, label_texts, some
-from volo.data.sources.listing_cache import Arrays, Manifests
+from volo.data.sources.listing_cache import Arrays, ListingCache
 from volo.data.sources.records import ImageRecords, Split, has_image_suffix, imagenet_classes, require_known
-from volo.reporting import Progress
+from volo.reporting import ProgressBar
 
 _THREADS = 16  # on a network file system listing is all waiting
 _SHOWN = 10  # names in a message
-_UNKEPT = Manifests(None)
+_UNKEPT = ListingCache(None)
 _NO_LABELS = LabelsOption()
 
 
@@ -25,12 +25,12 @@ class FolderSplit(Split):
     Args:
         place: The folder.
         labels: Labels of the images where they do not lie in class folders.
-        manifests: Where its listing is kept.
+        listing_cache: Where its listing is kept.
     """
 
-    def __init__(self, place: str, labels: LabelsOption = _NO_LABELS, manifests: Manifests = _UNKEPT):
+    def __init__(self, place: str, labels: LabelsOption = _NO_LABELS, listing_cache: ListingCache = _UNKEPT):
         super().__init__(place, labels)
-        self.manifests = manifests
+        self.listing_cache = listing_cache
         self._found: LabelledFolder | None = None
 
     def found_classes(self) -> list[str]:
@@ -46,13 +46,15 @@ class FolderSplit(Split):
     def records(self, classes: tuple[str, ...]) -> ImageRecords:
         labels_file = self.labels.file_for(self.has_class_folders())
         if labels_file is None:
-            return scan_class_folders(self.place, classes, manifests=self.manifests, labels_option=self.labels.name)
+            return scan_class_folders(
+                self.place, classes, listing_cache=self.listing_cache, labels_option=self.labels.name
+            )
         found, self._found = self._labelled(labels_file), None
         labels = label_indices(found.texts, classes, labels_file)
         return ImageRecords(FolderSource(self.place, found.names), labels, classes, found.ignored)
 
     def _labelled(self, labels_file: str) -> "LabelledFolder":
-        self._found = self._found or scan_labelled(self.place, labels_file, self.manifests)
+        self._found = self._found or scan_labelled(self.place, labels_file, self.listing_cache)
         return self._found
 
 
@@ -71,7 +73,7 @@ def scan_class_folders(
     directory: str,
     classes: tuple[str, ...],
     layout: Literal["names", "indices"] = "names",
-    manifests: Manifests = _UNKEPT,
+    listing_cache: ListingCache = _UNKEPT,
     labels_option: str = _NO_LABELS.name,
 ) -> ImageRecords:
     """List the images of a folder that has one folder a class; images may lie deeper inside it.
@@ -82,7 +84,7 @@ def scan_class_folders(
         directory: The folder of a split.
         classes: Class names in index order.
         layout: The folders are called by class "names", or by class "indices" (0, 1, ...) as in ImageNet-V2.
-        manifests: Where the listing is kept.
+        listing_cache: Where the listing is kept.
         labels_option: The option that takes a labels file, for messages.
 
     Raises:
@@ -101,7 +103,7 @@ def scan_class_folders(
     if not folders:
         raise ValueError(f"{directory} has no class folders; put one folder of images a class there")
 
-    listing = _listing(directory, folders, manifests)
+    listing = _listing(directory, folders, listing_cache)
     names = PackedNames(listing["names"], listing["name_ends"])
     ignored = int(listing["ignored"]) + loose
     _require_images(directory, len(names), ignored, PackedNames(listing["strays"], listing["stray_ends"]))
@@ -117,7 +119,7 @@ class LabelledFolder(NamedTuple):
     ignored: int
 
 
-def scan_labelled(directory: str, labels_file: str, manifests: Manifests = _UNKEPT) -> LabelledFolder:
+def scan_labelled(directory: str, labels_file: str, listing_cache: ListingCache = _UNKEPT) -> LabelledFolder:
     """List the images of a folder, and of the folders in it, that a labels file labels.
 
     For ``labels_file`` see :func:`volo.data.sources.label_files.label_texts`; names in it are relative to
@@ -128,7 +130,7 @@ def scan_labelled(directory: str, labels_file: str, manifests: Manifests = _UNKE
     """
     if not os.path.isdir(directory):
         raise ValueError(f"{directory} is not a folder; see data.root, data.train_split and data.val_split")
-    listing = _listing(directory, [""], manifests)
+    listing = _listing(directory, [""], listing_cache)
     names = PackedNames(listing["names"], listing["name_ends"])
     ignored = int(listing["ignored"])  # the labels file, it may be
     _require_images(directory, len(names), ignored, PackedNames(listing["strays"], listing["stray_ends"]))
@@ -143,7 +145,7 @@ def _before_its_files(folder: str) -> str:
     return folder + "/"
 
 
-def _listing(directory: str, folders: list[str], manifests: Manifests) -> Arrays:
+def _listing(directory: str, folders: list[str], listing_cache: ListingCache) -> Arrays:
     """List ``folders``, or find them listed: names of the images, how many each folder has, what else was there.
 
     Folder "" stands for ``directory`` itself.
@@ -160,13 +162,13 @@ def _listing(directory: str, folders: list[str], manifests: Manifests) -> Arrays
             times = list(pool.map(lambda place: _changed_at(os.path.join(directory, place)), inside))
         return times == kept["times"].tolist()
 
-    return manifests.get(
+    return listing_cache.get(
         kind, place, lambda: _list(directory, folders), is_fresh, lambda arrays: arrays["times"].max() / 1e9
     )
 
 
 def _list(directory: str, folders: list[str]) -> Arrays:
-    bar = Progress(len(folders), f"listing {directory}", log_every=max(len(folders) // 10, 1), delay=10)
+    bar = ProgressBar(len(folders), f"listing {directory}", log_every=max(len(folders) // 10, 1), delay=10)
     found = []
     with ThreadPoolExecutor(_THREADS) as pool:
         for one in pool.map(lambda folder: _list_one(directory, folder), folders):

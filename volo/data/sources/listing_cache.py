@@ -33,7 +33,7 @@ _TICK_SECONDS = 2
 _UNUSED_SECONDS = 30 * 24 * 3600  # after which the manifest of another state of a place is removed
 
 
-class Manifests:
+class ListingCache:
     """The kept listings of a cache folder.
 
     Args:
@@ -46,7 +46,7 @@ class Manifests:
         self.relist = relist
 
     @classmethod
-    def of(cls, cache: str, relist: bool = False) -> "Manifests":
+    def of(cls, cache: str, relist: bool = False) -> "ListingCache":
         """Return those of option ``data.cache``: "auto" (the user's cache folder), "none" or a folder."""
         if cache == "auto":
             return cls(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "volo", relist)
@@ -145,7 +145,7 @@ def _mark_used(path: Path) -> None:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove manifests of other states of the place of ``path`` that no run has looked at for a month."""
+    """Remove listing_cache of other states of the place of ``path`` that no run has looked at for a month."""
     begin = path.name.rpartition("-")[0]
     for other in path.parent.glob(f"{glob.escape(begin)}-*.npz"):
         with contextlib.suppress(OSError):

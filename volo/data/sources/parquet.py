@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from volo.data.pixels.decode import SUFFIX_FORMATS, UnreadableImage
-from volo.data.sources.base import PackedNames, Source
+from volo.data.sources.base import ImageSource, PackedNames
 from volo.data.sources.label_files import LabelsOption, class_indices, some
 from volo.data.sources.records import ImageRecords, Split, imagenet_classes
 
@@ -25,7 +25,7 @@ def has_parquet(folder: str) -> bool:
     return any(glob.glob(f"{folder}/{place}*.parquet") for place in ("", "data/"))
 
 
-class ParquetSource(Source):
+class ParquetSource(ImageSource):
     """Images of a data set of the package ``datasets``; every process opens its own.
 
     Args:

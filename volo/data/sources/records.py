@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from volo.data.pixels.decode import SUFFIX_FORMATS
-from volo.data.sources.base import PackedNames, Source
+from volo.data.sources.base import ImageSource, PackedNames
 from volo.data.sources.label_files import LabelsOption, is_number, lines_of, repeated, some
 
 
@@ -29,7 +29,7 @@ class ImageRecords:
         ignored: Files left out because they are hidden images, or no images by their suffix.
     """
 
-    source: Source
+    source: ImageSource
     labels: np.ndarray
     classes: tuple[str, ...]
     ignored: int = 0

@@ -32,7 +32,7 @@ def backward(
     return grad_value, grad_logits
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return None where this kernel runs, else why it does not. The first call in a process may build it."""
     library = _library()
     return library if isinstance(library, str) else None

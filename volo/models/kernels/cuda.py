@@ -56,7 +56,7 @@ def backward(
     return grad_value, grad_logits
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return None where the kernels can run, else the reason why they cannot. Imports no Triton."""
     if not torch.cuda.is_available():
         return "No CUDA device was found"

@@ -24,10 +24,10 @@ class GenerateOptions:
         labels: Labels of images that are not sorted into classes, as data.train_labels of the training.
         class_list: Class names in index order: "folders" (sorted folders of images), "imagenet" (the 1,000 ILSVRC2012
             synsets) or a text file, one name a line.
-        geometry: "whole_image": the whole image is resized to the teacher's input, without a crop, so that the map
+        covers: "whole_image": the whole image is resized to the teacher's input, without a crop, so that the map
             covers what training takes it to cover. A convolutional teacher gets the image in its own aspect ratio
             (up to 4:1), in about as many pixels as img_size has; a teacher with a fixed grid (VOLO, ViT) gets it
-            squeezed to img_size. "reference": shorter side to img_size, centre crop, as the published labels.
+            squeezed to img_size. "center_crop": shorter side to img_size, centre crop, as the published labels.
         img_size: Side of the teacher's input in pixels, or [height, width]; by default that of its configuration
             (for timm its test size), or of the checkpoint.
         top_k: Classes kept for each cell.
@@ -50,7 +50,7 @@ class GenerateOptions:
     random_weights: bool = False
     labels: str | None = None
     class_list: str = "folders"
-    geometry: Literal["whole_image", "reference"] = "whole_image"
+    covers: Literal["whole_image", "center_crop"] = "whole_image"
     img_size: int | list[int] | None = None
     top_k: int = 5
     format: Literal["packed", "published"] = "packed"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from volo.data.sources.records import ImageRecords
-from volo.reporting import Progress
+from volo.reporting import ProgressBar
 from volo.runtime.signals import StopRequest
 from volo.token_labels.generation.label_blocks import BlockFolder
 from volo.token_labels.generation.options import GenerateOptions
@@ -75,7 +75,7 @@ def write_output(
     """
     writer = write_published if options.format == "published" else write_packed
     counts, skipped = np.zeros(3, dtype=np.int64), []
-    progress = Progress(len(folder), "writing", log_every=max(len(folder) // 10, 1))
+    progress = ProgressBar(len(folder), "writing", log_every=max(len(folder) // 10, 1))
 
     def labels() -> Iterator[tuple[str, TokenLabelMap]]:
         for number in range(len(folder)):
@@ -104,7 +104,7 @@ def write_packed(
     with StoreWriter(
         options.output,
         teacher=teacher,
-        geometry=options.geometry,
+        covers=options.covers,
         top_k=options.top_k,
         num_classes=len(records.classes),
         classes=records.classes,

@@ -21,7 +21,7 @@ import torch
 from volo.data.sources.records import ImageRecords
 from volo.engine.precision import Precision
 from volo.models import read_checkpoint
-from volo.reporting import Progress, setup_logging
+from volo.reporting import ProgressBar, setup_logging
 from volo.runtime import distributed
 from volo.runtime.distributed import World, worker_count
 from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
@@ -132,7 +132,7 @@ def identity(
     return {
         "teacher": options.teacher,
         "weights": teacher.fingerprint(),
-        "geometry": options.geometry,
+        "covers": options.covers,
         "img_size": "x".join(map(str, teacher.input.image_hw)),
         "top_k": options.top_k,
         "precision": precision.name,
@@ -162,7 +162,7 @@ def label_blocks(
         records,
         blocks,
         teacher.input,
-        geometry=options.geometry,
+        covers=options.covers,
         exif=options.exif,
         workers=worker_count(options.workers),
     )
@@ -171,7 +171,7 @@ def label_blocks(
     )
     total = sum(map(len, blocks))
     title = "labels" if world.size == 1 else f"labels, process 1 of {world.size}"
-    progress = Progress(total, title, enabled=world.is_main, log_every=max(total // 100, 500))
+    progress = ProgressBar(total, title, enabled=world.is_main, log_every=max(total // 100, 500))
     begin, seen = time.perf_counter(), 0
 
     def count(images: int) -> None:
@@ -204,7 +204,7 @@ def describe(
     """Return what the run does, in effective values, for the head of the log."""
     height, width = teacher.input.image_hw
     size = f"{height}x{width} pixels, {grid[0]}x{grid[1]} cells"
-    if options.geometry == "reference":
+    if options.covers == "center_crop":
         shown = f"shorter side resized, centre crop: {size}"
     elif teacher.input.keeps_aspect:
         shown = f"whole image in its aspect ratio, pixels and cells as many as {size}"
@@ -239,11 +239,11 @@ def closing_words(options: GenerateOptions, totals: Totals) -> str:
         f"{name} {100 * count / totals.images:.3f} % ({count:,} of {totals.images:,})"
         for name, count in (("top-1", totals.top1_correct), ("top-5", totals.top5_correct))
     ]
-    if options.format == "published" and (options.geometry, options.exif) != ("reference", "ignore"):
+    if options.format == "published" and (options.covers, options.exif) != ("center_crop", "ignore"):
         # Read as they are, they would be taken for what the published archive is.
         lines.append(
             "the published layout does not say what its maps show: before training, pack them with "
-            f"scripts/pack_token_labels.py --source {options.output} --geometry {options.geometry} "
+            f"scripts/pack_token_labels.py --source {options.output} --covers {options.covers} "
             f"--exif {options.exif}"
         )
     return "\n".join([*lines, f"accuracy of the teacher on these images: {', '.join(shares)}"])

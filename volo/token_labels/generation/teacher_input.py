@@ -48,9 +48,9 @@ class TeacherInput:
         rows, cols = (max(1, round(math.sqrt(cells * ratio))) for ratio in (1 / aspect, aspect))
         return rows * self.stride, cols * self.stride
 
-    def prepare(self, image: Image.Image, geometry: str) -> np.ndarray:
-        """Return an RGB image as the teacher sees it in ``geometry``, uint8 [3, H, W]."""
-        if geometry == "reference":
+    def prepare(self, image: Image.Image, covers: str) -> np.ndarray:
+        """Return an RGB image as the teacher sees it in ``covers``, uint8 [3, H, W]."""
+        if covers == "center_crop":
             return EvalTransform(self.image_hw, 1.0, self.interpolation)(image)
         height, width = self.whole_image_hw(image.height, image.width)
         return to_array(image.resize((width, height), Image.Resampling[self.interpolation.upper()]))
@@ -85,10 +85,10 @@ class Chunk:
 class _Images(Dataset):
     """(index, pixels or None, why not) by index."""
 
-    def __init__(self, records: ImageRecords, teacher_input: TeacherInput, geometry: str, exif: str):
+    def __init__(self, records: ImageRecords, teacher_input: TeacherInput, covers: str, exif: str):
         self.records = records
         self.input = teacher_input
-        self.geometry = geometry
+        self.covers = covers
         self.exif = exif
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, str]:
@@ -96,7 +96,7 @@ class _Images(Dataset):
             image, _ = read_image(self.records.read(index), self.records.location(index), self.exif)
         except UnreadableImage as error:
             return index, None, str(error)
-        return index, self.input.prepare(image, self.geometry), ""
+        return index, self.input.prepare(image, self.covers), ""
 
 
 def read_chunks(
@@ -104,7 +104,7 @@ def read_chunks(
     blocks: Iterable[range],
     teacher_input: TeacherInput,
     *,
-    geometry: str,
+    covers: str,
     exif: str,
     workers: int,
 ) -> tuple[Iterator[Chunk], list[int]]:
@@ -112,7 +112,7 @@ def read_chunks(
     cut = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
     chunks = [chunk for block in cut for chunk in block]
     loader = DataLoader(
-        _Images(records, teacher_input, geometry, exif),
+        _Images(records, teacher_input, covers, exif),
         batch_sampler=chunks,
         collate_fn=_collate,
         num_workers=min(workers, len(chunks)),
