@@ -27,8 +27,7 @@ from volo.data.pixels.transforms import EvalTransform
 from volo.data.sources.records import ImageRecords
 from volo.prepare_imagenet.official import ImageNetFiles, require_free
 from volo.reporting import ProgressBar
-from volo.reporting.metrics import write_atomic
-from volo.runtime.files import sync_folder
+from volo.runtime.files import sync_folder, write_atomic
 from volo.runtime.program import DONE, checking_usage
 from volo.runtime.rng import generator
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.reporting.metrics import read_metrics, write_atomic
+from volo.reporting.metrics import read_metrics
+from volo.runtime.files import write_atomic
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f6fb4", "#e07b1a", "#2b9a66", "#8a8f98"
 # A series with more points than this is drawn as its moving average over a faint line of all points.

@@ -9,12 +9,13 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from volo.runtime.files import write_atomic
 
 logger = logging.getLogger("volo")
 
@@ -181,17 +182,3 @@ def _without_non_finite(value):
     if isinstance(value, list):
         return [_without_non_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that ``path`` is at every moment the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,13 +1,53 @@
-"""What it takes for a file to be there after the power was lost."""
+"""Files that are whole or not there, and that are still there after a power failure."""
 
+import contextlib
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a file that was made or renamed is there only when its folder is."""
+    """Bring the names in a folder to the disk: a file that was made or renamed lasts only when its folder is synced."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that gets the name ``path`` when the block ends: at every moment the old file or the new, whole.
+
+    The temporary file is hidden, beside ``path``, and made exclusively under a name of its own, so that neither another
+    process nor a link that a killed one left is ever written to. If the block raises, it is removed.
+
+    Raises:
+        OSError: The folder does not exist, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write ``content`` (text in UTF-8) to ``path`` as :func:`atomic_file` does; makes the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed writers of :func:`atomic_file` left in ``folder``; nobody may be writing there now."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.reporting.metrics import write_atomic
+from volo.runtime.files import write_atomic
 
 _logger = logging.getLogger("volo")
 
