@@ -226,7 +226,7 @@ class Bench:
                 marks.append(time.thread_time())
                 transform.apply(image, plan)
                 marks.append(time.thread_time())
-                self.source.led(index, plan, size, grid)
+                self.source.transformed(index, plan, size, grid)
                 marks.append(time.thread_time())
                 for stage, begin, end in zip(times, marks, marks[1:], strict=False):
                     times[stage] += end - begin

@@ -10,7 +10,7 @@ from PIL import Image
 
 from volo.config import Config
 from volo.data.dataset import Batch
-from volo.token_labels.targets import TokenLabelBatch
+from volo.token_labels.aligned import AlignedMaps
 
 # The tensors of most tests are too small to share: on a busy machine a second thread is mostly waited for.
 torch.set_num_threads(1)
@@ -57,9 +57,9 @@ def make_batch(size: int, seed: int = 0, side: int = 32, num_classes: int = 3) -
     )
 
 
-def make_label_maps(images: int, tokens: int, per_token: int = 1, cells: int = 9, k: int = 2) -> TokenLabelBatch:
+def make_label_maps(images: int, tokens: int, per_token: int = 1, cells: int = 9, k: int = 2) -> AlignedMaps:
     """Label maps of noise, of which each token takes ``per_token`` cells."""
-    return TokenLabelBatch(
+    return AlignedMaps(
         scores=torch.rand(images, k, cells),
         classes=torch.randint(3, (images, k, cells)),
         cells=torch.randint(cells, (images, tokens, per_token)),

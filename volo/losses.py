@@ -6,10 +6,9 @@ B images, C classes, N tokens of the final grid.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volo.token_labels.targets import TokenTargets
+from volo.token_labels.targets import Targets, as_targets, soft_cross_entropy
 
 
 class LossTerms(NamedTuple):
@@ -18,12 +17,6 @@ class LossTerms(NamedTuple):
     total: Tensor
     cls: Tensor
     dense: Tensor
-
-
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over rows of ``-sum(target * log_softmax(logits))``; both [..., C]. Computed in float32."""
-    log_probabilities = F.log_softmax(logits.float(), dim=-1)
-    return -(target * log_probabilities).sum(-1).mean()
 
 
 def mix_class_targets(target: Tensor, mix_box: Tensor, num_tokens: int) -> Tensor:
@@ -36,29 +29,15 @@ def mix_class_targets(target: Tensor, mix_box: Tensor, num_tokens: int) -> Tenso
     return kept * target + (1 - kept) * target.flip(0)
 
 
-def token_cross_entropy(logits: Tensor, targets: TokenTargets) -> Tensor:
-    """Return the mean cross entropy over the tokens that see their image; ``logits`` [B, N, C], computed in float32.
-
-    The same value as :func:`soft_cross_entropy` with the dense targets, without ever making them: the shared
-    background needs the sum over classes only, and the excess the logits of the listed classes.
-    """
-    logits = logits.float()
-    listed = logits.gather(2, targets.classes)  # [B, N, M]
-    per_token = (
-        logits.logsumexp(2) * targets.mass - targets.background * logits.sum(2) - (targets.excess * listed).sum(2)
-    )  # [B, N]
-    return per_token.sum() / (targets.mass.sum() / targets.full_mass).clamp_min(1)
-
-
 class TokenLabelLoss(nn.Module):
     """Soft-target cross entropy on the class token plus ``dense_weight`` times that on the tokens.
 
     Args:
         dense_weight: Weight of the token term; 0 leaves it out (the network may then have no token head).
         cls_weight: Weight of the class term.
-        ground_truth: Blend the image's own label into the class target, as fine-tuning does, where the targets have a
+        ground_truth: Blend the image's own label into the class target, as fine-tuning does, if the targets have a
             teacher in them ([B, C] are the own labels already). See :func:`blend_ground_truth`.
-        corrected_ratio: Give the image's own label more weight, not less, where the teacher misses it.
+        corrected_ratio: Give the image's own label more weight, not less, if the teacher misses it.
     """
 
     def __init__(
@@ -74,25 +53,27 @@ class TokenLabelLoss(nn.Module):
         self.ground_truth = ground_truth
         self.corrected_ratio = corrected_ratio
 
-    def forward(self, output, target: Tensor | TokenTargets, mix_box: Tensor | None = None) -> Tensor:
+    def forward(self, output, target: Tensor | Targets, mix_box: Tensor | None = None) -> Tensor:
         """Return the weighted loss; arguments as in :meth:`terms`."""
         return self.terms(output, target, mix_box).total
 
-    def terms(self, output, target: Tensor | TokenTargets, mix_box: Tensor | None = None) -> LossTerms:
+    def terms(self, output, target: Tensor | Targets, mix_box: Tensor | None = None) -> LossTerms:
         """Return the loss and its two terms.
 
         Args:
             output: ``TokenLogits`` or a pair (cls [B, C], tokens [B, N, C]); the tokens are un-mixed.
             target: [B, C], used for the class token and for every token; [B, C, 2 + N] with the ground truth, the
-                teacher's class target and the teacher's N token targets along the last axis; or the same, sparse.
+                teacher's class target and the teacher's N token targets along the last axis; or any of
+                :mod:`volo.token_labels.targets`.
             mix_box: int [4] (top, left, bottom, right) of MixToken on the final token grid, or None.
 
         Raises:
-            ValueError: the shapes do not fit together.
+            ValueError: The shapes do not fit together.
         """
         cls_logits, token_logits = output
-        self._check(cls_logits, token_logits, target)
-        cls_target = self._class_target(target)
+        targets = as_targets(target)
+        self._check(cls_logits, token_logits, targets)
+        cls_target = self._class_target(targets)
         if mix_box is not None:
             if token_logits is None:
                 raise ValueError("a MixToken box was given, but the output has no token logits to count its area on")
@@ -101,44 +82,31 @@ class TokenLabelLoss(nn.Module):
         cls = soft_cross_entropy(cls_logits, cls_target)
         if self.dense_weight == 0:
             return LossTerms(self.cls_weight * cls, cls, torch.zeros_like(cls))
-        if isinstance(target, TokenTargets):
-            dense = token_cross_entropy(token_logits, target)
-        elif target.ndim == 2:
-            dense = soft_cross_entropy(token_logits, target.unsqueeze(1))
-        else:
-            dense = soft_cross_entropy(token_logits, target[:, :, 2:].transpose(1, 2))
+        dense = targets.token_loss(token_logits)
         return LossTerms(self.cls_weight * cls + self.dense_weight * dense, cls, dense)
 
-    def _class_target(self, target: Tensor | TokenTargets) -> Tensor:
+    def _class_target(self, targets: Targets) -> Tensor:
         """Return the class target [B, C]."""
-        if isinstance(target, TokenTargets):
-            truth, teacher = target.truth, target.teacher
-        elif target.ndim == 2:
-            return target
-        else:
-            truth, teacher = target[:, :, 0], target[:, :, 1]
-        return blend_ground_truth(teacher, truth, self.corrected_ratio) if self.ground_truth else teacher
+        if targets.teacher is None:
+            return targets.truth
+        if self.ground_truth:
+            return blend_ground_truth(targets.teacher, targets.truth, self.corrected_ratio)
+        return targets.teacher
 
-    def _check(self, cls_logits: Tensor, token_logits: Tensor | None, target: Tensor | TokenTargets) -> None:
-        """Raise ValueError where logits and targets do not fit together."""
+    def _check(self, cls_logits: Tensor, token_logits: Tensor | None, targets: Targets) -> None:
+        """Raise ValueError if logits and targets do not fit together."""
         if self.dense_weight and token_logits is None:
             raise ValueError("the output has no token logits; use dense_weight=0 or a network with a token head")
-        tokens = token_logits.shape[1] if token_logits is not None else None
-        if isinstance(target, TokenTargets):
-            shape, slots = target.truth.shape, target.background.shape[1]
-        else:
-            shape = target.shape[:2]
-            slots = target.shape[2] - 2 if target.ndim == 3 else None
-            if target.ndim not in (2, 3) or (slots is not None and slots < 0):
-                raise ValueError(f"targets are [B, C] or [B, C, 2 + N]; these are {tuple(target.shape)}")
-        if shape != cls_logits.shape:
+        if targets.shape != cls_logits.shape:
             raise ValueError(
-                f"targets of {tuple(shape)} do not fit class logits {tuple(cls_logits.shape)}: the first two axes are "
-                "images and classes"
+                f"targets of {tuple(targets.shape)} do not fit class logits {tuple(cls_logits.shape)}: the first two "
+                "axes are images and classes"
             )
-        if self.dense_weight and slots is not None and slots != tokens:
+        tokens = token_logits.shape[1] if token_logits is not None else None
+        if self.dense_weight and targets.num_tokens not in (None, tokens):
             raise ValueError(
-                f"the targets are for {slots} tokens and the network has {tokens}: make the labels for its final grid"
+                f"the targets are for {targets.num_tokens} tokens and the network has {tokens}: make the labels for "
+                "its final grid"
             )
 
 

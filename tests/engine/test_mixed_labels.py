@@ -16,8 +16,8 @@ from volo.data.mixing import draw_mix_token_box
 from volo.engine.learner import Inputs, Learner
 from volo.runtime.distributed import World
 from volo.runtime.rng import generator
+from volo.token_labels.aligned import AlignedMaps
 from volo.token_labels.published import PublishedMaps
-from volo.token_labels.targets import TokenLabelBatch
 
 NUM_CLASSES, SIDE, GRID = 8, 32, 4
 BRIGHTNESS = torch.tensor([10, 250, 60, 180, 110, 215], dtype=torch.uint8)  # of image 0, 1, ...
@@ -43,7 +43,7 @@ def labelled(count: int, geometry: str = "aligned") -> Batch:
         failures=[],
         token_labels=PublishedMaps(torch.full((count, 1, 1, 1), 40.0), torch.arange(count)[:, None, None, None], boxes)
         if geometry == "published"
-        else TokenLabelBatch(
+        else AlignedMaps(
             scores=torch.full((count, 1, 1), 40.0),
             classes=torch.arange(count)[:, None, None],
             cells=torch.zeros(count, GRID * GRID, 1, dtype=torch.int64),
@@ -98,7 +98,7 @@ def test_targets_say_what_the_pixels_show(make_learner, way, mode, geometry):
         valid = torch.ones(count, GRID * GRID) if geometry == "published" else batch.token_labels.valid.float()
         mine, theirs = expected * valid, (1 - expected) * valid.flip(0)
         images = torch.arange(count)
-        dense = inputs.targets if geometry == "published" else inputs.targets.to_dense()  # [B, C, 2 + N]
+        dense = inputs.targets.to_dense()  # [B, C, 2 + N]
         for column in (0, 1):  # the image's own label, and the teacher's view of the crop
             torch.testing.assert_close(dense[images, images, column], whole, atol=1e-5, rtol=0)
             torch.testing.assert_close(dense[images, images.flip(0), column], 1 - whole, atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from PIL import Image
 from volo.data.mixing import Mix, token_shares
 from volo.engine.preview import readable_names, token_view
 from volo.reporting.batch_picture import TokenView, draw_batch
-from volo.token_labels.targets import TokenTargets
+from volo.token_labels.targets import DenseTargets, TokenTargets
 
 
 def test_token_view_names_the_largest_target_and_marks_tokens_outside():
@@ -26,7 +26,9 @@ def test_token_view_names_the_largest_target_and_marks_tokens_outside():
     assert view.classes[0, :2].tolist() == [2, 3]
     np.testing.assert_allclose(view.shares[0, :2], [0.575, 0.7], atol=1e-6)
     assert view.valid.tolist() == [[True, True, False]]
-    dense = token_view(targets.to_dense(), (1, 3))  # as the published code builds them: every token counts
+    dense = token_view(
+        DenseTargets(targets.to_dense()), (1, 3)
+    )  # as the published code builds them: every token counts
     np.testing.assert_array_equal(dense.classes, view.classes)
     np.testing.assert_array_equal(dense.shares, view.shares)
     assert dense.valid.all()

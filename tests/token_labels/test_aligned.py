@@ -1,141 +1,161 @@
-"""Label maps through the geometry of their images: aligned within half a token, and the published way."""
-
-from dataclasses import replace
+"""Sparse targets against the dense ones of the published code: same targets, same losses, same gradients."""
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from volo.config import AugmentConfig
-from volo.data.pixels.crop import ResizedCrop
-from volo.data.pixels.transforms import Plan, TrainTransform
-from volo.token_labels.aligned import token_cells
-from volo.token_labels.store import TokenLabelMap
-
-GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+from volo.losses import TokenLabelLoss
+from volo.token_labels.aligned import AlignedMaps, token_targets
+from volo.token_labels.token_cells import TokenCells
 
 
-def transform(order: str, out_hw: tuple[int, int], crop: str = "random_resized", vflip: float = 0.0) -> TrainTransform:
-    """The published augmentation with only the operations that move pixels."""
-    made = TrainTransform(
-        AugmentConfig(order=order, crop=crop, vflip=vflip, shift_pixels=9, interpolation="bilinear"), out_hw
+def drawn_cells(rng: np.random.Generator, k: int, cells: int, tokens: int, per_token: int, num_classes: int):
+    """One sample with arbitrary content; the top-k classes of a cell differ, those of neighbours may not."""
+    weights = rng.random((tokens, per_token)).astype(np.float32)
+    weights /= weights.sum(1, keepdims=True)
+    class_weights = rng.random(cells).astype(np.float32)
+    return TokenCells(
+        scores=rng.normal(3, 4, (k, cells)).astype(np.float32),
+        classes=np.argsort(rng.random((num_classes, cells)), axis=0)[:k].astype(np.int64),
+        cells=rng.integers(cells, size=(tokens, per_token)),
+        weights=weights,
+        class_weights=class_weights / class_weights.sum(),
+        valid=rng.random(tokens) < 0.8,
     )
-    made.rand_augment = replace(made.rand_augment, names=GEOMETRIC)
-    return made
 
 
-def position_image(height: int, width: int) -> Image.Image:
-    """Red is the position across, green that down; blue is full, and is not in what gets filled in."""
-    pixels = np.full((height, width, 3), 255, np.uint8)
-    pixels[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
-    pixels[..., 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
-    return Image.fromarray(pixels)
+def literal(sample: TokenCells, label: int, num_classes: int, smoothing: float, published: bool) -> torch.Tensor:
+    """[C, 2 + N] the published way: scores scattered into dense maps, pooled, softmax over all classes, smoothed."""
+    maps = np.zeros((num_classes, sample.scores.shape[1]))
+    for k in range(len(sample.scores)):
+        maps[sample.classes[k], np.arange(maps.shape[1])] = sample.scores[k]
+    pooled = [maps @ sample.class_weights]
+    for cells, weights in zip(sample.cells, sample.weights, strict=True):
+        pooled.append(sum(maps[:, cell] * weight for cell, weight in zip(cells, weights, strict=True)))
+    targets = torch.tensor(np.stack(pooled, 1)).softmax(0)
+    off = smoothing / num_classes
+    on = 1 - smoothing + (off if published else 0)
+    truth = torch.full((num_classes, 1), off, dtype=torch.float64)
+    truth[label] = 1 - smoothing + off
+    return torch.cat([truth, targets * on + off], 1)
 
 
-def position_map(height: int, width: int) -> TokenLabelMap:
-    """Scores are the position of each cell: class 0 has that across, class 1 that down."""
-    across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
-    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
-    classes = np.stack([np.zeros((height, width)), np.ones((height, width))])
-    return TokenLabelMap(np.stack([across, down]).astype(np.float16), classes.astype(np.int16))
+def smoothed(labels: list[int], num_classes: int, smoothing: float) -> torch.Tensor:
+    one_hot = torch.nn.functional.one_hot(torch.tensor(labels), num_classes).float()
+    return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
-def centre_square_map(image_hw: tuple[int, int]) -> TokenLabelMap:
-    """As ``position_map``, of the square in the middle of the image."""
-    height, width = image_hw
-    side = min(image_hw)
-    scores = position_map(18, 18).scores.astype(np.float64)
-    across = (scores[0] * side + (width - side) / 2) / width
-    down = (scores[1] * side + (height - side) / 2) / height
-    return TokenLabelMap(np.stack([across, down]).astype(np.float16), position_map(18, 18).classes)
-
-
-def disagreement(
-    plan: Plan,
-    made: TrainTransform,
-    image_hw: tuple[int, int],
-    grid: tuple[int, int],
-    covers: str = "whole_image",
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    k=st.integers(1, 5),
+    cells=st.integers(1, 9),
+    tokens=st.integers(1, 6),
+    per_token=st.integers(1, 5),
+    num_classes=st.integers(6, 12),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    published=st.booleans(),
+)
+def test_targets_and_losses_equal_the_dense_way(
+    seed, batch, k, cells, tokens, per_token, num_classes, smoothing, published
 ):
-    """Distance, in tokens of this crop, between label position and mean colour position of each clean valid token."""
-    labels = position_map(18, 18) if covers == "whole_image" else centre_square_map(image_hw)
-    found = token_cells(labels, plan, image_hw, made.image_hw, grid, covers)
-    at_label = np.einsum("ksq,sq->sk", found.scores[:, found.cells].reshape(2, *found.cells.shape), found.weights)
+    rng = np.random.default_rng(seed)
+    samples = [drawn_cells(rng, k, cells, tokens, per_token, num_classes) for _ in range(batch)]
+    labels = [int(label) for label in rng.integers(num_classes, size=batch)]
+    truth = smoothed(labels, num_classes, smoothing)
+    targets = token_targets(AlignedMaps.collate(samples), truth, smoothing, published)
+    expected = torch.stack(
+        [literal(s, label, num_classes, smoothing, published) for s, label in zip(samples, labels, strict=True)]
+    )
+    valid = torch.tensor(np.stack([sample.valid for sample in samples]))
+    expected_tokens = expected[:, :, 2:] * valid[:, None]
+    torch.testing.assert_close(targets.to_dense()[:, :, :2].double(), expected[:, :, :2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(targets.to_dense()[:, :, 2:].double(), expected_tokens, atol=1e-5, rtol=1e-5)
 
-    out = made.apply(position_image(*image_hw), plan).astype(np.float64)  # [3, H, W]
-    blocks = out.reshape(3, grid[0], out.shape[1] // grid[0], grid[1], out.shape[2] // grid[1])
-    mean = blocks.mean((2, 4)).reshape(3, -1).T / 255  # [N, 3]
-    clean = blocks.min((2, 4))[2].ravel() > 250  # nothing filled in under the token
-    if isinstance(plan.crop, ResizedCrop):
-        size = np.array([plan.crop.width / image_hw[1] / grid[1], plan.crop.height / image_hw[0] / grid[0]])
-    else:
-        size = np.array([1 / grid[1], 1 / grid[0]])
-    distance = np.linalg.norm((at_label - mean[:, :2]) / size, axis=1)
-    return distance[clean & found.valid], found.valid, clean
+    cls = torch.randn(batch, num_classes, requires_grad=True)
+    token_logits = (3 * torch.randn(batch, tokens, num_classes)).requires_grad_()
+    loss = TokenLabelLoss(dense_weight=0.7, ground_truth=True)((cls, token_logits), targets)
+    gradients = torch.autograd.grad(loss, (cls, token_logits))
 
-
-@pytest.mark.parametrize("order", ["published", "timm"])
-@pytest.mark.parametrize("image_hw", [(150, 200), (240, 97), (128, 128)])
-def test_aligned_labels_follow_the_pixels_within_half_a_token(order, image_hw):
-    grid, made, rng = (7, 7), transform(order, (112, 112), vflip=0.3), np.random.default_rng(1)
-    means = []
-    for _ in range(70):
-        plan = made.draw(rng, image_hw[1], image_hw[0])
-        distance, _, _ = disagreement(plan, made, image_hw, grid)
-        if len(distance):
-            means.append(distance.mean())
-    assert len(means) > 60
-    # The outermost half cell of a map has no neighbour to interpolate with; everywhere else it is near exact.
-    assert np.mean(means) < 0.25
-    assert np.quantile(means, 0.98) < 0.5
+    # by hand, in float64: the token term is the mean over valid tokens
+    log_p = token_logits.double().log_softmax(2)
+    rows = -(expected_tokens.transpose(1, 2) * log_p).sum(2)
+    dense = rows.sum() / max(int(valid.sum()), 1)
+    agree = expected[:, :, 1].argmax(1) == torch.tensor(labels)
+    share = torch.where(agree, 0.5, 0.9).double()[:, None]
+    blended = share * expected[:, :, 1] + (1 - share) * expected[:, :, 0]
+    by_hand = -(blended * cls.double().log_softmax(1)).sum(1).mean() + 0.7 * dense
+    torch.testing.assert_close(loss.double(), by_hand, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients, torch.autograd.grad(by_hand, (cls, token_logits)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("image_hw", [(150, 200), (240, 97), (128, 128)])
-def test_aligned_labels_of_a_centre_crop_lie_where_it_was(image_hw):
-    """The published labels show the square in the middle; tokens beside it have no label."""
-    grid, made, rng = (7, 7), transform("published", (112, 112)), np.random.default_rng(5)
-    means, refused = [], 0
-    for _ in range(70):
-        plan = made.draw(rng, image_hw[1], image_hw[0])
-        distance, valid, clean = disagreement(plan, made, image_hw, grid, covers="center_crop")
-        refused += (clean & ~valid).sum()
-        if len(distance):
-            means.append(distance.mean())
-    assert len(means) > 50
-    assert np.mean(means) < 0.25
-    assert np.quantile(means, 0.98) < 0.5
-    # A token half in the square is valid, so on a square image none is refused where its pixels are clean.
-    assert (refused > 100) == (image_hw[0] != image_hw[1])
+def test_sparse_and_dense_targets_give_one_loss():
+    """All tokens valid, 1,000 classes, MixToken: the [B, C, 2 + N] tensor and the sparse targets agree."""
+    rng = np.random.default_rng(0)
+    samples = [replace_valid(drawn_cells(rng, 5, 81, 49, 4, 1000)) for _ in range(3)]
+    targets = token_targets(AlignedMaps.collate(samples), smoothed([1, 2, 999], 1000, 0.1), 0.1, True)
+    output = torch.randn(3, 1000, requires_grad=True), torch.randn(3, 49, 1000, requires_grad=True)
+    box = torch.tensor([1, 2, 5, 6])
+    for ground_truth in (False, True):
+        loss = TokenLabelLoss(ground_truth=ground_truth)
+        sparse, dense = loss(output, targets, box), loss(output, targets.to_dense(), box)
+        torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad(sparse, output), torch.autograd.grad(dense, output), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_aligned_labels_follow_shifted_pixels():
-    made, rng = transform("timm", (64, 64), crop="shift"), np.random.default_rng(2)
-    means = []
-    for _ in range(40):
-        plan = made.draw(rng, 64, 64)
-        distance, _, _ = disagreement(plan, made, (64, 64), (8, 8))
-        if len(distance):  # two long translations may leave nothing of the image
-            means.append(distance.mean())
-    assert len(means) > 25
-    assert max(means) < 0.5
+def replace_valid(sample: TokenCells) -> TokenCells:
+    return sample._replace(valid=np.ones_like(sample.valid))
 
 
-def test_tokens_outside_the_image_are_invalid():
-    made, rng, seen = transform("published", (112, 112)), np.random.default_rng(3), []
-    for _ in range(60):
-        plan = made.draw(rng, 200, 150)
-        _, valid, clean = disagreement(plan, made, (150, 200), (7, 7))
-        # A token that is all image is valid, and one that is invalid shows fill.
-        assert not (clean & ~valid).any()
-        seen.append((~valid).sum())
-    assert sum(seen) > 0
+def test_published_smoothing_sums_to_slightly_more_than_one():
+    rng = np.random.default_rng(1)
+    batch = AlignedMaps.collate([replace_valid(drawn_cells(rng, 5, 20, 4, 4, 1000))])
+    truth = smoothed([3], 1000, 0.1)
+    published = token_targets(batch, truth, 0.1, True).to_dense().sum(1)
+    exact = token_targets(batch, truth, 0.1, False).to_dense().sum(1)
+    torch.testing.assert_close(published, torch.tensor([[1.0, *[1.0001] * 5]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact, torch.ones(1, 6), atol=1e-6, rtol=0)
 
 
-def test_weights_are_shares():
-    made, rng = transform("timm", (48, 80)), np.random.default_rng(6)
-    for shape in ((18, 18), (5, 9), (1, 1), (40, 33)):
-        labels = TokenLabelMap(np.zeros((2, *shape), np.float16), np.zeros((2, *shape), np.int16))
-        found = token_cells(labels, made.draw(rng, 61, 47), (47, 61), (48, 80), (3, 5))
-        np.testing.assert_allclose(found.weights.sum(1)[found.valid], 1, atol=1e-6)
-        np.testing.assert_allclose(found.class_weights.sum(), 1, atol=1e-6)
-        assert (found.cells >= 0).all() and (found.cells < shape[0] * shape[1]).all()
+def test_maps_of_different_sizes_share_a_batch():
+    rng = np.random.default_rng(2)
+    small, large = drawn_cells(rng, 3, 4, 6, 2, 9), drawn_cells(rng, 5, 30, 6, 5, 9)
+    truth = smoothed([0, 1], 9, 0.1)
+    together = token_targets(AlignedMaps.collate([small, large]), truth, 0.1, False).to_dense()
+    for row, sample in enumerate((small, large)):
+        alone = token_targets(AlignedMaps.collate([sample]), truth[row : row + 1], 0.1, False).to_dense()
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_mixing_is_mixing_of_the_dense_targets(batch):
+    rng = np.random.default_rng(3)
+    samples = [replace_valid(drawn_cells(rng, 2, 9, 4, 3, 8)) for _ in range(batch)]
+    targets = token_targets(AlignedMaps.collate(samples), smoothed([1] * batch, 8, 0.1), 0.1, False)
+    lam, token_lam = torch.rand(batch), torch.rand(batch, 4)
+    dense = targets.to_dense()
+    weights = torch.cat([lam[:, None, None].expand(-1, 1, 2), token_lam[:, None]], 2)
+    torch.testing.assert_close(
+        targets.blended(lam, token_lam).to_dense(), dense * weights + dense.flip(0) * (1 - weights)
+    )
+
+
+def test_all_tokens_outside_the_image_give_no_token_loss():
+    rng = np.random.default_rng(4)
+    sample = drawn_cells(rng, 2, 9, 4, 3, 8)._replace(valid=np.zeros(4, bool))
+    targets = token_targets(AlignedMaps.collate([sample]), smoothed([1], 8, 0.1), 0.1, False)
+    terms = TokenLabelLoss().terms((torch.randn(1, 8), torch.randn(1, 4, 8)), targets)
+    assert terms.dense == 0
+    assert torch.isfinite(terms.total)
+
+
+def test_targets_for_another_grid_are_refused():
+    rng = np.random.default_rng(5)
+    targets = token_targets(AlignedMaps.collate([drawn_cells(rng, 2, 9, 6, 3, 8)]), smoothed([1], 8, 0.1), 0.1, False)
+    with pytest.raises(ValueError, match="6 tokens and the network has 4"):
+        TokenLabelLoss()((torch.randn(1, 8), torch.randn(1, 4, 8)), targets)

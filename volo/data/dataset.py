@@ -15,10 +15,9 @@ from volo.data.pixels.decode import UnreadableImage, count_notes, read_image, re
 from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.runtime.rng import generator, torch_seed
-from volo.token_labels.aligned import TokenCells
+from volo.token_labels.aligned import AlignedMaps, TokenCells
 from volo.token_labels.published import PublishedMap, PublishedMaps
 from volo.token_labels.source import LabelSource
-from volo.token_labels.targets import TokenLabelBatch
 
 # How many other images are tried in place of an unreadable one before the data set counts as broken.
 _REPLACEMENTS = 10
@@ -72,7 +71,7 @@ class Batch:
     indices: Tensor
     notes: Tensor
     failures: list[str]
-    token_labels: TokenLabelBatch | PublishedMaps | None = None
+    token_labels: AlignedMaps | PublishedMaps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +103,7 @@ def collate(samples: list[Sample]) -> Batch:
 
     images = [torch.from_numpy(sample.image) for sample in readable]
     maps = [sample.token_labels for sample in readable if sample.token_labels is not None]
-    kind = PublishedMaps if maps and isinstance(maps[0], PublishedMap) else TokenLabelBatch
+    kind = PublishedMaps if maps and isinstance(maps[0], PublishedMap) else AlignedMaps
     return Batch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=column([sample.label for sample in readable]),
@@ -193,7 +192,7 @@ class TrainImages(_Images):
         maps = None
         if self.token_labels is not None:
             try:
-                maps = self.token_labels.led(index, plan, size, self.transform.image_hw)
+                maps = self.token_labels.transformed(index, plan, size, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
         return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_labels=maps)

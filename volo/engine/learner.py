@@ -17,15 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from volo.build import BatchLayout
 from volo.config import Config, ModelConfig
 from volo.data.dataset import Batch
-from volo.data.mixing import (
-    Mix,
-    apply_mix,
-    draw_mix,
-    draw_mix_token_box,
-    mix_targets,
-    soft_targets,
-    token_shares,
-)
+from volo.data.mixing import apply_mix, draw_mix, draw_mix_token_box, soft_targets
 from volo.data.normalise import normalise_and_erase
 from volo.engine.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
 from volo.engine.precision import Precision, apex_initialise, require_apex_amp
@@ -34,8 +26,7 @@ from volo.models import create_model, load_checkpoint
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.rng import generator, torch_seed
-from volo.token_labels.published import PublishedMaps, dense_targets
-from volo.token_labels.targets import TokenTargets, token_targets
+from volo.token_labels.targets import ClassTargets, Targets
 
 _logger = logging.getLogger("volo")
 
@@ -56,12 +47,12 @@ class Inputs(NamedTuple):
 
     Args:
         images: [B, 3, H, W], normalised, erased and mixed.
-        targets: [B, C]; where there are label maps, those of every token, sparse or [B, C, 2 + N].
+        targets: What the loss compares the logits with.
         mix_box: MixToken's box on the final grid, int [4], or None.
     """
 
     images: Tensor
-    targets: Tensor | TokenTargets
+    targets: Targets
     mix_box: Tensor | None
 
 
@@ -168,33 +159,20 @@ class Learner:
         rng = generator(config.train.seed, "mix", epoch, step, micro * self.world.size + self.world.rank)
         mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
         if mix is not None:
-            images, targets = apply_mix(images, mix), self._mixed(targets, mix)
+            images, targets = apply_mix(images, mix), targets.mixed(mix, self.grid, config.model.image_hw)
         mix_box = None
         if config.mix.mix_token:
             mix_box = torch.tensor(draw_mix_token_box(rng, self.grid)).to(device, non_blocking=True)
         return Inputs(images, targets, mix_box)
 
-    def _targets(self, batch: Batch, labels: Tensor) -> Tensor | TokenTargets:
-        """Return the targets of a batch: [B, C], or, where there are label maps, those of every token."""
+    def _targets(self, batch: Batch, labels: Tensor) -> Targets:
+        """Return the targets of a batch: those of every token if there are label maps, else [B, C]."""
         config = self.config
-        targets = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
+        truth = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
         if batch.token_labels is None:
-            return targets
+            return ClassTargets(truth)
         maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
-        smoothing = config.loss.smoothing, config.token_label.smoothing == "published"
-        if isinstance(maps, PublishedMaps):
-            return dense_targets(maps, targets, self.grid, *smoothing)
-        return token_targets(maps, targets, *smoothing)
-
-    def _mixed(self, targets: Tensor | TokenTargets, mix: Mix) -> Tensor | TokenTargets:
-        """Return the targets of images that were mixed by MixUp or CutMix."""
-        if isinstance(targets, Tensor):
-            return mix_targets(targets, mix)
-        shares = token_shares(mix, self.grid, self.config.model.image_hw)  # [B, N]
-        if self.config.token_label.geometry != "aligned":  # the published code gives every token the image's ratio
-            shares = mix.lam[:, None].expand_as(shares)
-        device = self.world.device
-        return targets.mixed(mix.lam.float().to(device), shares.float().to(device))
+        return maps.targets(truth, self.grid, config.loss.smoothing, config.token_label.smoothing == "published")
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.precision.name == "apex_o1":

@@ -2,13 +2,12 @@
 
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor
 
 from volo.data.loader import TrainLoader
 from volo.data.sources.records import imagenet_classes
 from volo.engine.learner import Learner
 from volo.reporting.batch_picture import TokenView, draw_batch
-from volo.token_labels.targets import TokenTargets
+from volo.token_labels.targets import Targets
 
 
 def batch_picture(
@@ -29,18 +28,15 @@ def batch_picture(
     scale, offset = (torch.tensor(values).view(3, 1, 1) for values in (augment.std, augment.mean))
     images = (inputs.images.cpu().float() * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     names = readable_names(class_names)
-    by_token = isinstance(inputs.targets, TokenTargets) or inputs.targets.ndim == 3
-    tokens = token_view(inputs.targets, learner.grid) if by_token else None
+    tokens = token_view(inputs.targets, learner.grid) if inputs.targets.num_tokens else None
     box = inputs.mix_box.tolist() if inputs.mix_box is not None else None
     return draw_batch(images, [names[label] for label in batch.labels.tolist()], names, tokens, box)
 
 
-def token_view(targets: TokenTargets | Tensor, grid: tuple[int, int]) -> TokenView:
-    """Return each token's most likely class and its probability, of sparse targets or of [B, C, 2 + N]."""
-    dense = targets if isinstance(targets, Tensor) else targets.to_dense()
-    shares, classes = dense[:, :, 2:].cpu().max(1)  # [B, N], of a handful of images
-    valid = torch.ones_like(shares) if isinstance(targets, Tensor) else targets.mass.cpu()
-    return TokenView(classes.numpy(), shares.numpy(), (valid > 0).numpy(), grid)
+def token_view(targets: Targets, grid: tuple[int, int]) -> TokenView:
+    """Return each token's most likely class, its probability, and whether the token sees the image."""
+    shares, classes = targets.to_dense()[:, :, 2:].cpu().max(1)  # [B, N], of a handful of images
+    return TokenView(classes.numpy(), shares.numpy(), targets.seen().cpu().numpy(), grid)
 
 
 def readable_names(class_names: tuple[str, ...]) -> list[str]:

@@ -1,204 +1,167 @@
-"""Label maps that follow the pixels exactly: where the tokens of an augmented image look in its label map.
+"""Label maps that follow the pixels exactly, and the sparse targets made of them.
 
-One :class:`~volo.data.pixels.transforms.Plan` per sample says what flip, RandAugment and crop do to the pixels; here
-the label map follows the same plan, as one chain of affine maps from the network's input back to the image. Every
-token's centre goes through the chain and reads the label map there, between the four cells around it. Points that
-left the image, or any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
+One of the two geometries of label maps (the other is :mod:`volo.token_labels.published`): both have ``ONE_SIZE``,
+:func:`transformed` and :func:`collate`, which gives maps of a batch with the methods ``map`` and ``targets``.
 
-The result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the class token
-a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells per token. Points are (x, y) in [0, 1] of a canvas,
-with pixel i covering [i, i + 1).
+The target of a token is softmax over all C classes of a few pooled teacher scores, every other class scoring 0. So
+it is a background probability that all classes share, plus an excess on M listed ones; the [B, C, 2 + N] tensor of
+the published code (100 MB for 128 images at 1,000 classes) is never made. B images, C classes, N tokens, k scores per
+cell, S = h * w cells, Q cells per token, M = Q * k listed classes per token.
 """
 
-import math
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from volo.data.pixels.crop import ResizedCrop
-from volo.data.pixels.rand_augment import Op
 from volo.data.pixels.transforms import Plan
 from volo.token_labels.store import TokenLabelMap
+from volo.token_labels.targets import TokenTargets, smoothing_terms
+from volo.token_labels.token_cells import TokenCells, token_cells
 
-_MAX_POINTS_PER_AXIS = 4
-
-
-class TokenCells(NamedTuple):
-    """What each token takes from the cells of a label map.
-
-    Args:
-        scores: float32 [k, h * w], the label map's scores.
-        classes: int64 [k, h * w].
-        cells: int64 [N, Q], cells of each token.
-        weights: float32 [N, Q], their weights; they sum to 1 for a token that lies in the image.
-        class_weights: float32 [h * w], weights of the cells in the class token's target.
-        valid: bool [N], tokens that see the image.
-    """
-
-    scores: np.ndarray
-    classes: np.ndarray
-    cells: np.ndarray
-    weights: np.ndarray
-    class_weights: np.ndarray
-    valid: np.ndarray
+ONE_SIZE = False
+"""Whether all maps of a batch need the same number of cells."""
 
 
-def token_cells(
+def transformed(
     labels: TokenLabelMap,
     plan: Plan,
     image_hw: tuple[int, int],
     out_hw: tuple[int, int],
     grid: tuple[int, int],
-    covers: str = "whole_image",
+    covers: str,
 ) -> TokenCells:
-    """Transform ``labels``, the map of an image of ``image_hw`` pixels, by ``plan`` for the tokens of ``grid``.
+    """Return what each token takes from ``labels`` once ``plan`` is applied to the image.
 
     Args:
         labels: Label map of the image.
         plan: What happened to the pixels.
-        image_hw: Size of the image as it was decoded.
-        out_hw: Size of the network's input.
+        image_hw: Size of the decoded image, in pixels.
+        out_hw: Size of the network's input, in pixels.
         grid: (L_h, L_w), the network's final grid.
-        covers: What the map shows: "whole_image", or "center_crop" for the square in the middle of the image, as in
-            the published labels. What lies beside the square has no label.
+        covers: "whole_image" or "center_crop".
     """
-    maps = source_maps(plan, image_hw, out_hw)
-    return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "center_crop"), grid)
+    return token_cells(labels, plan, image_hw, out_hw, grid, covers)
 
 
-def source_maps(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> list[np.ndarray]:
-    """Return the affine maps [2, 3] that lead a point of the network's input back to the image, in that order.
+def collate(samples: Sequence[TokenCells]) -> "AlignedMaps":
+    """Return the maps of a batch; see :meth:`AlignedMaps.collate`."""
+    return AlignedMaps.collate(samples)
 
-    Each map takes a point of one canvas to the canvas before it; the last canvas is the image.
+
+@dataclass
+class AlignedMaps:
+    """The label maps of a batch and what each token takes from them, on the host or on the device.
+
+    See :class:`volo.token_labels.token_cells.TokenCells`.
+
+    Args:
+        scores: float32 [B, k, S].
+        classes: int64 [B, k, S].
+        cells: int64 [B, N, Q].
+        weights: float32 [B, N, Q].
+        class_weights: float32 [B, S].
+        valid: bool [B, N].
     """
-    crop = _crop_map(plan, image_hw, out_hw)
-    flips = [_FLIP_X] * plan.hflip + [_FLIP_Y] * plan.vflip
-    canvas = image_hw if plan.order == "published" else out_hw
-    ops = [m for op in reversed(plan.ops) if (m := op_map(op, canvas)) is not None]
-    return [crop, *ops, *flips] if plan.order == "published" else [*ops, *flips, crop]
+
+    scores: Tensor
+    classes: Tensor
+    cells: Tensor
+    weights: Tensor
+    class_weights: Tensor
+    valid: Tensor
+
+    @classmethod
+    def collate(cls, samples: Sequence[TokenCells]) -> "AlignedMaps":
+        """Stack samples; maps of fewer cells, and tokens of fewer cells, are filled up with weight 0."""
+        columns = {}
+        for name in TokenCells._fields:
+            arrays = [getattr(sample, name) for sample in samples]
+            shape = np.max([array.shape for array in arrays], axis=0)
+            stacked = np.zeros((len(arrays), *shape), dtype=arrays[0].dtype)
+            for row, array in zip(stacked, arrays, strict=True):
+                row[tuple(slice(side) for side in array.shape)] = array
+            columns[name] = torch.from_numpy(stacked)
+        return cls(**columns)
+
+    def map(self, function) -> "AlignedMaps":
+        """Return a copy with ``function`` applied to every tensor."""
+        return AlignedMaps(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    def targets(
+        self, truth: Tensor, grid: tuple[int, int], smoothing: float, published_smoothing: bool
+    ) -> TokenTargets:
+        """Build the targets of the batch, on the device of the maps.
+
+        Args:
+            truth: Class targets [B, C] of the images' own labels, smoothed.
+            grid: (L_h, L_w); the cells of each token were chosen for it already.
+            smoothing, published_smoothing: See :func:`volo.token_labels.targets.smoothing_terms`.
+        """
+        return token_targets(self, truth, smoothing, published_smoothing)
 
 
-_FLIP_X = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-_FLIP_Y = np.array([[1.0, 0.0, 0.0], [0.0, -1.0, 1.0]])
+def token_targets(labels: AlignedMaps, truth: Tensor, smoothing: float, published_smoothing: bool) -> TokenTargets:
+    """Build the targets of a batch, on the device that ``labels`` is on.
 
-
-def _crop_map(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:
-    crop = plan.crop
-    if isinstance(crop, ResizedCrop):
-        height, width = image_hw
-        return np.array([[crop.width / width, 0.0, crop.left / width], [0.0, crop.height / height, crop.top / height]])
-    height, width = out_hw
-    return np.array([[1.0, 0.0, crop.left / width], [0.0, 1.0, crop.top / height]])
-
-
-def _centre_square(image_hw: tuple[int, int]) -> np.ndarray:
-    """Return where a point of the image lies in the largest square in its middle."""
-    height, width = image_hw
-    side = min(height, width)
-    across, down = width / side, height / side
-    return np.array([[across, 0.0, (1 - across) / 2], [0.0, down, (1 - down) / 2]])
-
-
-def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:
-    """Return where a RandAugment operation takes the content of a point from; None where it only changes colours.
-
-    Pillow's affine transforms look up the input at (a x + b y + c, d x + e y + f) for an output point (x, y) in
-    pixels; in units of the canvas the mixed terms carry its aspect ratio.
+    Args:
+        labels: The batch's label maps.
+        truth: Class targets [B, C] of the images' own labels, smoothed.
+        smoothing, published_smoothing: See :func:`volo.token_labels.targets.smoothing_terms`.
     """
-    if op.resample is None:
-        return None
-    height, width = canvas
-    value = op.args[0]
-    if op.name == "ShearX":
-        a, b, c, d, e, f = 1.0, value * height / width, 0.0, 0.0, 1.0, 0.0
-    elif op.name == "ShearY":
-        a, b, c, d, e, f = 1.0, 0.0, 0.0, value * width / height, 1.0, 0.0
-    elif op.name == "TranslateXRel":
-        a, b, c, d, e, f = 1.0, 0.0, value, 0.0, 1.0, 0.0
-    elif op.name == "TranslateYRel":
-        a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, value
-    else:
-        assert op.name == "Rotate", op.name
-        cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
-        a, b, d, e = cos, -sin * height / width, sin * width / height, cos
-        c, f = 0.5 - 0.5 * (a + b), 0.5 - 0.5 * (d + e)  # the centre stays
-    return np.array([[a, b, c], [d, e, f]])
+    num_classes = truth.shape[1]
+    scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)
 
+    batch, num_tokens, per_token = labels.cells.shape
+    k = labels.scores.shape[1]
+    flat = labels.cells.reshape(batch, 1, -1).expand(-1, k, -1)  # [B, k, N * Q]
+    entries = (batch, k, num_tokens, per_token)
+    scores = labels.scores.gather(2, flat).reshape(entries) * labels.weights[:, None]  # [B, k, N, Q]
+    classes = labels.classes.gather(2, flat).reshape(entries)
+    scores = scores.permute(0, 2, 3, 1).flatten(2)  # [B, N, M]
+    classes = classes.permute(0, 2, 3, 1).flatten(2)  # [B, N, M]
+    classes, pooled, listed = _sum_by_class(classes, scores)
 
-def follow(maps: list[np.ndarray], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lead ``points`` [..., 2] through ``maps``; return where they end and whether every canvas contained them."""
-    x, y = points[..., 0], points[..., 1]
-    inside = np.ones(x.shape, dtype=bool)
-    for (a, b, c), (d, e, f) in (matrix.tolist() for matrix in maps):
-        x, y = a * x + b * y + c, d * x + e * y + f
-        inside &= (np.minimum(x, y) >= 0) & (np.maximum(x, y) <= 1)
-    return np.stack([x, y], -1), inside
+    # softmax over C classes of which all but the listed score 0
+    top = pooled.amax(-1, keepdim=True).clamp_min(0)  # [B, N, 1]
+    powers = torch.where(listed, (pooled - top).exp(), 0)
+    rest = (-top).exp()  # of one class that is not listed
+    total = powers.sum(-1, keepdim=True) + (num_classes - listed.sum(-1, keepdim=True)) * rest
+    background = rest / total  # [B, N, 1]
+    excess = torch.where(listed, powers / total - background, 0)
 
-
-def _aligned_cells(labels: TokenLabelMap, maps: list[np.ndarray], grid: tuple[int, int]) -> TokenCells:
-    height, width = labels.scores.shape[1:]
-    # Where a token spans several cells of the map it is looked up at several points, as roi_align would.
-    per_axis = [
-        min(max(math.ceil(n / side - 0.5), 1), _MAX_POINTS_PER_AXIS)
-        for n, side in zip((height, width), grid, strict=True)
-    ]
-    points = _token_points(grid, tuple(per_axis))  # [N, P, 2]
-    source, inside = follow(maps, points)
-    cells, weights = _between_cells(source, height, width)  # [N, P, 4]
-    weights *= inside[..., None]
-
-    seen = inside.sum(1)  # [N]
-    num_tokens, num_points = inside.shape
-    weights = weights.reshape(num_tokens, -1) / np.maximum(seen, 1)[:, None]
-    cells = cells.reshape(num_tokens, -1)
-    valid = seen * 2 >= num_points
-    class_weights = np.bincount(cells.ravel(), (weights * valid[:, None]).ravel(), minlength=height * width)
-    class_weights /= max(valid.sum(), 1)
-    return TokenCells(
-        labels.scores.reshape(len(labels.scores), -1).astype(np.float32),
-        labels.classes.reshape(len(labels.classes), -1).astype(np.int64),
-        cells,
-        weights.astype(np.float32),
-        class_weights.astype(np.float32),
-        valid,
+    seen = labels.valid.to(truth.dtype)  # [B, N]
+    full_mass = scale + num_classes * uniform
+    return TokenTargets(
+        truth=truth,
+        teacher=_teacher_targets(labels, num_classes) * scale + uniform,
+        classes=classes,
+        excess=scale * excess * seen[..., None],
+        background=(scale * background.squeeze(-1) + uniform) * seen,
+        mass=full_mass * seen,
+        full_mass=full_mass,
     )
 
 
-@lru_cache
-def _token_points(grid: tuple[int, int], per_axis: tuple[int, int]) -> np.ndarray:
-    """Return points [N, P, 2], (x, y), spread evenly over each token; P = product of ``per_axis`` (rows, columns)."""
-    rows, columns = ((np.arange(side * p) + 0.5) / (side * p) for side, p in zip(grid, per_axis, strict=True))
-    rows, columns = rows.reshape(grid[0], per_axis[0]), columns.reshape(grid[1], per_axis[1])
-    y = np.broadcast_to(rows[:, None, :, None], (grid[0], grid[1], *per_axis))
-    x = np.broadcast_to(columns[None, :, None, :], (grid[0], grid[1], *per_axis))
-    return np.stack([x, y], -1).reshape(grid[0] * grid[1], -1, 2)
+def _teacher_targets(labels: AlignedMaps, num_classes: int) -> Tensor:
+    """Return softmax of the scores pooled over the whole crop, [B, C]."""
+    pooled = labels.scores.new_zeros(len(labels.scores), num_classes)
+    weighted = labels.scores * labels.class_weights[:, None]  # [B, k, S]
+    return pooled.scatter_add_(1, labels.classes.flatten(1), weighted.flatten(1)).softmax(-1)
 
 
-def _between_cells(points: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the four cells around each point and their bilinear weights, [..., 4] each.
+def _sum_by_class(classes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum ``values`` of equal ``classes`` along the last axis.
 
-    The centre of cell (i, j) lies at ((j + 0.5) / width, (i + 0.5) / height); outside the outermost centres the
-    outermost cells hold.
+    Returns classes and sums, of the same shape, and which places are in use; the others hold class 0 and sum 0.
     """
-    x = np.minimum(np.maximum(points[..., 0] * width - 0.5, 0), width - 1)
-    y = np.minimum(np.maximum(points[..., 1] * height - 0.5, 0), height - 1)
-    left, top = np.minimum(x.astype(np.int64), max(width - 2, 0)), np.minimum(y.astype(np.int64), max(height - 2, 0))
-    dx, dy = x - left, y - top
-    cells = np.empty((*x.shape, 4), np.int64)
-    cells[..., 0] = top * width + left
-    # Where the map is one cell wide or high, left and right, top and bottom are the same.
-    cells[..., 1:] = cells[..., :1] + _beside(height, width)
-    weights = np.empty((*x.shape, 4))
-    weights[..., 1] = (1 - dy) * dx
-    weights[..., 3] = dy * dx
-    weights[..., 0] = 1 - dy - weights[..., 1]
-    weights[..., 2] = dy - weights[..., 3]
-    return cells, weights
-
-
-@lru_cache
-def _beside(height: int, width: int) -> np.ndarray:
-    """Return how far the cells to the right, below, and below to the right are from a cell."""
-    right, below = min(1, width - 1), width * min(1, height - 1)
-    return np.array([right, below, below + right])
+    classes, order = classes.sort(dim=-1)
+    is_new = torch.ones_like(classes, dtype=torch.bool)
+    is_new[..., 1:] = classes[..., 1:] != classes[..., :-1]
+    place = is_new.cumsum(-1) - 1
+    sums = torch.zeros_like(values).scatter_add_(-1, place, values.gather(-1, order))
+    names = torch.zeros_like(classes).scatter_(-1, place, classes)
+    count = place[..., -1:] + 1
+    return names, sums, torch.arange(classes.shape[-1], device=classes.device) < count

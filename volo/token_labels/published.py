@@ -2,9 +2,12 @@
 
 The map is flipped with the image and warped on its own coarse grid, with no half-cell offset, no aspect ratio and zeros
 where it runs out. The crop touches the image alone; its box is handed to roi_align with rows and columns exchanged,
-which pools scores that were spread over all classes. Nobody is to mend that here: the paper's numbers rest on it.
+which pools scores that were spread over all classes. Do not correct it here: the paper's numbers rest on it.
 
-B images, C classes, k scores a cell, h x w cells of a map, N = L_h * L_w tokens.
+One of the two geometries of label maps (the other is :mod:`volo.token_labels.aligned`): both have ``ONE_SIZE``,
+:func:`transformed` and :func:`collate`, which gives maps of a batch with the methods ``map`` and ``targets``.
+
+B images, C classes, k scores per cell, h x w cells of a map, N = L_h * L_w tokens.
 """
 
 import math
@@ -20,6 +23,10 @@ from volo.data.pixels.crop import ResizedCrop
 from volo.data.pixels.rand_augment import Op
 from volo.data.pixels.transforms import Plan
 from volo.token_labels.store import TokenLabelMap
+from volo.token_labels.targets import DenseTargets, smoothing_terms
+
+ONE_SIZE = True
+"""Whether all maps of a batch need the same number of cells."""
 
 
 class PublishedMap(NamedTuple):
@@ -45,16 +52,42 @@ class PublishedMaps(NamedTuple):
 
     @classmethod
     def collate(cls, samples: Sequence[PublishedMap]) -> "PublishedMaps":
-        """Stack samples; their maps are of one size, which is made sure of before the first step."""
+        """Stack samples; their maps have one size, which is checked before the first step."""
         return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True)))
 
     def map(self, function) -> "PublishedMaps":
         """Return a copy with ``function`` applied to every tensor."""
         return PublishedMaps(*map(function, self))
 
+    def targets(
+        self, truth: Tensor, grid: tuple[int, int], smoothing: float, published_smoothing: bool
+    ) -> DenseTargets:
+        """Build the targets of the batch; see :func:`dense_targets`."""
+        return DenseTargets(dense_targets(self, truth, grid, smoothing, published_smoothing))
+
+
+def transformed(
+    labels: TokenLabelMap,
+    plan: Plan,
+    image_hw: tuple[int, int],
+    out_hw: tuple[int, int],
+    grid: tuple[int, int],
+    covers: str,
+) -> PublishedMap:
+    """Return the label map once ``plan`` is applied to the image; arguments as in :func:`aligned.transformed`.
+
+    The published code asks neither for the size of the input nor for what a map covers.
+    """
+    return published_map(labels, plan, image_hw)
+
+
+def collate(samples: Sequence["PublishedMap"]) -> "PublishedMaps":
+    """Return the maps of a batch; see :meth:`PublishedMaps.collate`."""
+    return PublishedMaps.collate(samples)
+
 
 def published_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) -> PublishedMap:
-    """Lead ``labels``, the map of an image of ``image_hw`` pixels, through ``plan``."""
+    """Flip and warp ``labels``, the map of an image of ``image_hw`` pixels, as ``plan`` says."""
     assert plan.order == "published" and isinstance(plan.crop, ResizedCrop), plan
     scores, classes = labels.scores.astype(np.float32), labels.classes.astype(np.int64)
     if plan.hflip:
@@ -113,7 +146,7 @@ def dense_targets(
         maps: The batch's label maps.
         truth: Class targets [B, C] of the images' own labels, smoothed.
         grid: (L_h, L_w).
-        smoothing, published_smoothing: See :func:`smoothing_terms`.
+        smoothing, published_smoothing: See :func:`volo.token_labels.targets.smoothing_terms`.
     """
     batch, num_classes = truth.shape
     spread = maps.scores.new_zeros(batch, num_classes, *maps.scores.shape[2:])
@@ -125,16 +158,3 @@ def dense_targets(
     teacher = torch.cat([whole, tokens], dim=2).softmax(1)
     scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)
     return torch.cat([truth[..., None], teacher * scale + uniform], dim=2)
-
-
-def smoothing_terms(smoothing: float, num_classes: int, published: bool) -> tuple[float, float]:
-    """Return a and b of the smoothed teacher's targets, a t + b.
-
-    Args:
-        smoothing: Share s of the uniform distribution.
-        num_classes: C.
-        published: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code; else
-            t (1 - s) + s / C, whose rows sum to 1.
-    """
-    uniform = smoothing / num_classes
-    return 1 - smoothing + (uniform if published else 0.0), uniform

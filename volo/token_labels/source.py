@@ -1,25 +1,27 @@
 """The label maps of a list of images: which entry belongs to which image, and how it is read."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from volo.data.pixels.transforms import Plan
-from volo.token_labels.aligned import TokenCells, token_cells
+from volo.token_labels import aligned, published
 from volo.token_labels.opening import check_covers, check_orientation, open_labels
 from volo.token_labels.pt_folder import PublishedLabels, sample
-from volo.token_labels.published import PublishedMap, published_map
 from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 
 # Reading one takes some 0.3 ms from memory, and some 10 ms over a network.
 _FILES_TRIED = 1000
 
+# Two modules with the same functions; no other place asks for the name.
+_GEOMETRIES = {"aligned": aligned, "published": published}
+
 _logger = logging.getLogger("volo")
 
 
 class LabelSource:
-    """Label maps of the training images, led through each sample's augmentation.
+    """Label maps of the training images, which follow each sample's augmentation.
 
     Args:
         root: A packed store or a folder in the published layout.
@@ -56,7 +58,8 @@ class LabelSource:
         self.entries: np.ndarray = check_covers(self.labels, [label_key(name) for name in names], len(classes), classes)
         self.grid = grid
         self.geometry = geometry
-        self._map_hw = self.labels.map_hw(self.entries) if geometry == "published" else None
+        self._rules = _GEOMETRIES[geometry]
+        self._map_hw = self.labels.map_hw(self.entries) if self._rules.ONE_SIZE else None
 
     def try_files(self, on_error: str) -> None:
         """Read label files of the published layout: all of them where they are few, else some from all over.
@@ -86,17 +89,23 @@ class LabelSource:
         for reason in damaged[:10]:
             _logger.warning("  %s", reason)
 
-    def led(
-        self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]
-    ) -> TokenCells | PublishedMap:
-        """Return the label map of image ``index`` after ``plan``: what each token takes from it.
+    def transformed(self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]):
+        """Return what each token takes from the label map of image ``index``, once ``plan`` is applied to the image.
 
-        Raises ValueError, naming the label, where it is damaged.
+        Args:
+            index: Place of the image in the records.
+            plan: What happened to the pixels.
+            image_hw: Size of the decoded image, in pixels.
+            out_hw: Size of the network's input, in pixels.
+
+        Raises:
+            ValueError: The label is damaged; the message names it.
         """
-        labels = self._read(index)
-        if self.geometry == "published":
-            return published_map(labels, plan, image_hw)
-        return token_cells(labels, plan, image_hw, out_hw, self.grid, self.labels.header.covers)
+        return self._rules.transformed(self._read(index), plan, image_hw, out_hw, self.grid, self.labels.header.covers)
+
+    def collate(self, samples: Sequence):
+        """Return the maps of a batch of what :meth:`transformed` gave; they have ``map`` and ``targets``."""
+        return self._rules.collate(samples)
 
     def _read(self, index: int) -> TokenLabelMap:
         entry = int(self.entries[index])

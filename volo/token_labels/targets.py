@@ -1,58 +1,95 @@
-"""Token-label targets on the device: sparse, and dense where somebody wants to see them.
+"""What the loss compares logits with: class targets, dense token targets, and sparse token targets.
 
-The target of a token is softmax over all C classes of a few pooled teacher scores, every other class scoring 0. So
-it is a background probability that all classes share, plus an excess on M listed ones; the [B, C, 2 + N] tensor of
-the published code (100 MB for 128 images at 1,000 classes) never has to be made. B images, C classes, N tokens,
-k scores a cell, S = h * w cells, Q cells a token, M = Q * k listed classes a token.
+All three have ``shape`` (B, C), ``num_tokens`` (None if every token takes the class target), ``truth`` and ``teacher``
+[B, C] (``teacher`` is None if there are no label maps), and the methods ``token_loss``, ``mixed``, ``to_dense`` and
+``seen``. B images, C classes, N tokens, M listed classes per token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from volo.token_labels.aligned import TokenCells
-from volo.token_labels.published import smoothing_terms
+from volo.data.mixing import Mix, mix_targets, token_shares
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over rows of ``-sum(target * log_softmax(logits))``; both [..., C]. Computed in float32."""
+    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    return -(target * log_probabilities).sum(-1).mean()
 
 
 @dataclass
-class TokenLabelBatch:
-    """The label maps of a batch and what each token takes from them, on the host; see ``TokenCells``.
+class ClassTargets:
+    """Targets of images without label maps: ``truth`` [B, C] holds for the class token and for every token."""
 
-    Args:
-        scores: float32 [B, k, S].
-        classes: int64 [B, k, S].
-        cells: int64 [B, N, Q].
-        weights: float32 [B, N, Q].
-        class_weights: float32 [B, S].
-        valid: bool [B, N].
-    """
+    truth: Tensor
+    teacher: None = None
+    num_tokens: int | None = None
 
-    scores: Tensor
-    classes: Tensor
-    cells: Tensor
-    weights: Tensor
-    class_weights: Tensor
-    valid: Tensor
+    @property
+    def shape(self) -> torch.Size:
+        """(B, C)."""
+        return self.truth.shape
 
-    @classmethod
-    def collate(cls, samples: Sequence[TokenCells]) -> "TokenLabelBatch":
-        """Stack samples; maps of fewer cells, and tokens of fewer cells, are filled up with weight 0."""
-        columns = {}
-        for name in TokenCells._fields:
-            arrays = [getattr(sample, name) for sample in samples]
-            shape = np.max([array.shape for array in arrays], axis=0)
-            stacked = np.zeros((len(arrays), *shape), dtype=arrays[0].dtype)
-            for row, array in zip(stacked, arrays, strict=True):
-                row[tuple(slice(side) for side in array.shape)] = array
-            columns[name] = torch.from_numpy(stacked)
-        return cls(**columns)
+    def to_dense(self) -> Tensor:
+        """Return [B, C]."""
+        return self.truth
 
-    def map(self, function) -> "TokenLabelBatch":
-        """Return a copy with ``function`` applied to every tensor."""
-        return TokenLabelBatch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+    def seen(self) -> None:
+        """Return None: no token has a target of its own."""
+
+    def token_loss(self, logits: Tensor) -> Tensor:
+        """Return the mean cross entropy over all tokens; ``logits`` [B, N, C]."""
+        return soft_cross_entropy(logits, self.truth.unsqueeze(1))
+
+    def mixed(self, mix: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) -> "ClassTargets":
+        """Return the targets of images that were mixed by ``mix``."""
+        return ClassTargets(mix_targets(self.truth, mix))
+
+
+@dataclass
+class DenseTargets:
+    """Targets as the published code builds them: ``values`` [B, C, 2 + N] are truth, teacher, and N tokens."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, C)."""
+        return self.values.shape[:2]
+
+    @property
+    def num_tokens(self) -> int | None:
+        """N."""
+        return self.values.shape[2] - 2
+
+    @property
+    def truth(self) -> Tensor:
+        """The image's own label, [B, C]."""
+        return self.values[:, :, 0]
+
+    @property
+    def teacher(self) -> Tensor:
+        """The teacher's view of the crop, [B, C]."""
+        return self.values[:, :, 1]
+
+    def to_dense(self) -> Tensor:
+        """Return [B, C, 2 + N]."""
+        return self.values
+
+    def seen(self) -> Tensor:
+        """Return bool [B, N], all true: the published code counts every token."""
+        return torch.ones_like(self.values[:, 0, 2:], dtype=torch.bool)
+
+    def token_loss(self, logits: Tensor) -> Tensor:
+        """Return the mean cross entropy over all tokens; ``logits`` [B, N, C]."""
+        return soft_cross_entropy(logits, self.values[:, :, 2:].transpose(1, 2))
+
+    def mixed(self, mix: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) -> "DenseTargets":
+        """Return the targets of mixed images: every token takes the image's ratio, as in the published code."""
+        return DenseTargets(mix_targets(self.values, mix))
 
 
 @dataclass
@@ -81,6 +118,16 @@ class TokenTargets:
     mass: Tensor
     full_mass: float = 1.0
 
+    @property
+    def shape(self) -> torch.Size:
+        """(B, C)."""
+        return self.truth.shape
+
+    @property
+    def num_tokens(self) -> int | None:
+        """N."""
+        return self.background.shape[1]
+
     def to_dense(self) -> Tensor:
         """Return [B, C, 2 + N]: truth, teacher, tokens, as the published code builds them."""
         num_classes = self.truth.shape[1]
@@ -88,8 +135,36 @@ class TokenTargets:
         tokens = tokens.scatter_add(2, self.classes, self.excess)
         return torch.cat([self.truth[..., None], self.teacher[..., None], tokens.transpose(1, 2)], dim=2)
 
-    def mixed(self, lam: Tensor, token_lam: Tensor) -> "TokenTargets":
-        """Return the targets mixed with those of the reversed batch.
+    def seen(self) -> Tensor:
+        """Return which tokens see their image, bool [B, N]."""
+        return self.mass > 0
+
+    def token_loss(self, logits: Tensor) -> Tensor:
+        """Return the mean cross entropy over the tokens that see their image; ``logits`` [B, N, C].
+
+        The same value as with the dense targets, without ever making them: the shared background needs only the sum
+        over classes, and the excess only the logits of the listed classes. Computed in float32.
+        """
+        logits = logits.float()
+        listed = logits.gather(2, self.classes)  # [B, N, M]
+        per_token = (
+            logits.logsumexp(2) * self.mass - self.background * logits.sum(2) - (self.excess * listed).sum(2)
+        )  # [B, N]
+        return per_token.sum() / (self.mass.sum() / self.full_mass).clamp_min(1)
+
+    def mixed(self, mix: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) -> "TokenTargets":
+        """Return the targets of mixed images: each token takes the share of its own pixels.
+
+        Args:
+            mix: How the images were mixed.
+            grid: (rows, columns) of the final token grid.
+            image_hw: Size of the network's input, in pixels.
+        """
+        device = self.truth.device
+        return self.blended(mix.lam.float().to(device), token_shares(mix, grid, image_hw).float().to(device))
+
+    def blended(self, lam: Tensor, token_lam: Tensor) -> "TokenTargets":
+        """Return the targets blended with those of the reversed batch.
 
         Args:
             lam: Own share of each image's class targets, [B].
@@ -108,65 +183,32 @@ class TokenTargets:
         )
 
 
-def token_targets(labels: TokenLabelBatch, truth: Tensor, smoothing: float, published_smoothing: bool) -> TokenTargets:
-    """Build the targets of a batch, on the device that ``labels`` is on.
+Targets = ClassTargets | DenseTargets | TokenTargets
+
+
+def as_targets(target: Tensor | Targets) -> Targets:
+    """Return targets; a tensor [B, C] or [B, C, 2 + N] is wrapped, and anything else is targets already.
+
+    Raises:
+        ValueError: A tensor of another shape.
+    """
+    if not isinstance(target, Tensor):
+        return target
+    if target.ndim == 2:
+        return ClassTargets(target)
+    if target.ndim == 3 and target.shape[2] >= 2:
+        return DenseTargets(target)
+    raise ValueError(f"targets are [B, C] or [B, C, 2 + N]; these are {tuple(target.shape)}")
+
+
+def smoothing_terms(smoothing: float, num_classes: int, published: bool) -> tuple[float, float]:
+    """Return a and b of the smoothed teacher's targets, a t + b.
 
     Args:
-        labels: The batch's label maps.
-        truth: Class targets [B, C] of the images' own labels, smoothed.
-        smoothing, published_smoothing: See :func:`volo.token_labels.published.smoothing_terms`.
+        smoothing: Share s of the uniform distribution.
+        num_classes: C.
+        published: t (1 - s + s / C) + s / C, whose rows sum to 1 + s / C, as in the published code; else
+            t (1 - s) + s / C, whose rows sum to 1.
     """
-    num_classes = truth.shape[1]
-    scale, uniform = smoothing_terms(smoothing, num_classes, published_smoothing)
-
-    batch, num_tokens, per_token = labels.cells.shape
-    k = labels.scores.shape[1]
-    flat = labels.cells.reshape(batch, 1, -1).expand(-1, k, -1)  # [B, k, N * Q]
-    entries = (batch, k, num_tokens, per_token)
-    scores = labels.scores.gather(2, flat).reshape(entries) * labels.weights[:, None]  # [B, k, N, Q]
-    classes = labels.classes.gather(2, flat).reshape(entries)
-    scores = scores.permute(0, 2, 3, 1).flatten(2)  # [B, N, M]
-    classes = classes.permute(0, 2, 3, 1).flatten(2)  # [B, N, M]
-    classes, pooled, listed = _sum_by_class(classes, scores)
-
-    # softmax over C classes of which all but the listed score 0
-    top = pooled.amax(-1, keepdim=True).clamp_min(0)  # [B, N, 1]
-    powers = torch.where(listed, (pooled - top).exp(), 0)
-    rest = (-top).exp()  # of one class that is not listed
-    total = powers.sum(-1, keepdim=True) + (num_classes - listed.sum(-1, keepdim=True)) * rest
-    background = rest / total  # [B, N, 1]
-    excess = torch.where(listed, powers / total - background, 0)
-
-    seen = labels.valid.to(truth.dtype)  # [B, N]
-    full_mass = scale + num_classes * uniform
-    return TokenTargets(
-        truth=truth,
-        teacher=_teacher_targets(labels, num_classes) * scale + uniform,
-        classes=classes,
-        excess=scale * excess * seen[..., None],
-        background=(scale * background.squeeze(-1) + uniform) * seen,
-        mass=full_mass * seen,
-        full_mass=full_mass,
-    )
-
-
-def _teacher_targets(labels: TokenLabelBatch, num_classes: int) -> Tensor:
-    """Return softmax of the scores pooled over the whole crop, [B, C]."""
-    pooled = labels.scores.new_zeros(len(labels.scores), num_classes)
-    weighted = labels.scores * labels.class_weights[:, None]  # [B, k, S]
-    return pooled.scatter_add_(1, labels.classes.flatten(1), weighted.flatten(1)).softmax(-1)
-
-
-def _sum_by_class(classes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum ``values`` of equal ``classes`` along the last axis.
-
-    Returns classes and sums, of the same shape, and which places are in use; the others hold class 0 and sum 0.
-    """
-    classes, order = classes.sort(dim=-1)
-    is_new = torch.ones_like(classes, dtype=torch.bool)
-    is_new[..., 1:] = classes[..., 1:] != classes[..., :-1]
-    place = is_new.cumsum(-1) - 1
-    sums = torch.zeros_like(values).scatter_add_(-1, place, values.gather(-1, order))
-    names = torch.zeros_like(classes).scatter_(-1, place, classes)
-    count = place[..., -1:] + 1
-    return names, sums, torch.arange(classes.shape[-1], device=classes.device) < count
+    uniform = smoothing / num_classes
+    return 1 - smoothing + (uniform if published else 0.0), uniform
