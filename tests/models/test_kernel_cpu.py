@@ -214,9 +214,9 @@ def test_every_bit_pattern_of_nan_stays_nan(dtype):
 def fresh(tmp_path, monkeypatch):
     """Forget what is built, as a new process would, with an empty cache folder; give its path."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    cpu._library.cache_clear()
+    cpu._library.forget()
     yield tmp_path / "cache" / "volo"
-    cpu._library.cache_clear()
+    cpu._library.forget()
 
 
 def stand_in(path, compile_with):
@@ -229,7 +229,7 @@ def stand_in(path, compile_with):
 @pytest.fixture(scope="module")
 def copy(built):
     """A shell line for ``stand_in`` that takes milliseconds: it copies what the tests above used."""
-    return f'cp {shlex.quote(cpu._library()._name)} "$last"'
+    return f'cp {shlex.quote(cpu._library.get()._name)} "$last"'
 
 
 def gives_right_results():
@@ -240,7 +240,7 @@ def gives_right_results():
 def test_the_library_is_compiled_once_and_found_again(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", f'echo >> "{tmp_path}/calls"; exec c++ "$@" -O0'))
     for _ in range(2):
-        cpu._library.cache_clear()
+        cpu._library.forget()
         assert cpu.unavailable_reason() is None
         gives_right_results()
     assert (tmp_path / "calls").read_text() == "\n"
@@ -250,7 +250,7 @@ def test_the_library_is_compiled_once_and_found_again(fresh, tmp_path, monkeypat
 def test_another_cpu_or_compiler_gets_its_own_library(fresh, tmp_path, monkeypatch, copy):
     for option in ("-mno-avx", "-mno-avx512f", "-DVERSION=13"):
         monkeypatch.setenv("CXX", f"{stand_in(tmp_path / 'cxx', copy)} {option}")
-        cpu._library.cache_clear()
+        cpu._library.forget()
         assert cpu.unavailable_reason() is None
     assert len(list(fresh.iterdir())) == 3
 
@@ -288,7 +288,7 @@ def test_a_cache_that_cannot_be_written_or_loaded_is_a_reason(fresh, tmp_path, m
     monkeypatch.setenv("CXX", stand_in(tmp_path / "cxx", ': > "$last"'))
     assert "file too short" in cpu.unavailable_reason()  # an empty library
 
-    cpu._library.cache_clear()
+    cpu._library.forget()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     assert "Not a directory" in cpu.unavailable_reason()

@@ -1,8 +1,8 @@
 """The project's C++ files as libraries: compiled on first use, kept in torch's extension cache, found again.
 
 The compiler is called directly. torch.utils.cpp_extension would ask for ninja and the headers of Python and torch,
-which these files do without; it waits for ever on the lock of a build that was killed; and it would load what was built
-for another CPU where machines share a home folder. Here the library's name says what it was built from and for, and
+which these files do without; it waits forever for the lock of a build that was killed; and if machines share a home
+folder, it would load what was built for another CPU. Here the library's name says what it was built from and for, and
 it gets that name only when it is complete. Processes that start together may each build it: the same file every time.
 """
 
@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-shared"]
@@ -21,19 +21,54 @@ _SECONDS = 300  # a compiler that takes longer hangs
 
 
 class NoLibrary(Exception):
-    """A file that cannot be compiled or loaded here; the message is one line."""
+    """A library that cannot be compiled, loaded or used here; the message is one line."""
+
+
+class NativeLibrary:
+    """A library, or the reason why there is none: found out on first use, once per process.
+
+    Args:
+        what: Subject of that reason, as it begins a sentence: "The CPU kernel of outlook attention".
+        load: Returns the library with the types of its functions set, or raises NoLibrary.
+    """
+
+    def __init__(self, what: str, load: Callable[[], ctypes.CDLL]):
+        self._what = what
+        self._load = load
+        self.forget()
+
+    def unavailable_reason(self) -> str | None:
+        """Return None if the library can be used, else a sentence that says why not. The first call may build it."""
+        if self._library is None and self._reason is None:
+            try:
+                self._library = self._load()
+            except NoLibrary as error:
+                self._reason = f"{self._what} cannot be built: {error}"
+        return self._reason
+
+    def get(self) -> ctypes.CDLL:
+        """Return the library. Ask :meth:`unavailable_reason` first: without a library this is a mistake."""
+        if self._library is None:
+            reason = self.unavailable_reason()
+            assert self._library is not None, reason
+        return self._library
+
+    def forget(self) -> None:
+        """Decide again at the next use, as a new process would."""
+        self._library: ctypes.CDLL | None = None
+        self._reason: str | None = None
 
 
 def library(source: Path, flags: Sequence[str], name: str) -> ctypes.CDLL:
-    """Return the library of a C++ file, which may be built by this call.
+    """Return the library of a C++ file; the call may compile it.
 
     Args:
         source: The file.
-        flags: Options of the compiler, beside those that every file gets.
-        name: What the library's name begins with.
+        flags: Compiler options, beside those that every file gets.
+        name: What the library's file name begins with.
 
     Raises:
-        NoLibrary: No compiler, one that fails or hangs, or no place to write.
+        NoLibrary: No compiler, one that fails or hangs, or a cache folder that cannot be written.
     """
     try:
         return ctypes.CDLL(str(_build(source, [*_FLAGS, *flags], name)))
@@ -42,7 +77,7 @@ def library(source: Path, flags: Sequence[str], name: str) -> ctypes.CDLL:
 
 
 def _build(source: Path, flags: list[str], name: str) -> Path:
-    """Return the path of the library for this source, compiler and CPU; compile it where it is not there yet."""
+    """Return the path of the library for this source, compiler and CPU; compile it if it is not there yet."""
     compiler = _compiler()
     # The macros of the compiler name its version and every extension of this CPU that it will use.
     macros = _run([*compiler, *flags, "-x", "c++", "-dM", "-E", os.devnull])

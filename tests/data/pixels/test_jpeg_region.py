@@ -171,10 +171,10 @@ def test_it_runs_wherever_its_header_is():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    jpeg_region._library.cache_clear()
+    jpeg_region._library.forget()
     yield monkeypatch
     monkeypatch.undo()
-    jpeg_region._library.cache_clear()
+    jpeg_region._library.forget()
 
 
 def test_without_the_header_rows_are_decoded(fresh, tmp_path):
@@ -182,7 +182,7 @@ def test_without_the_header_rows_are_decoded(fresh, tmp_path):
     source.write_text("#include <none/jconfig.h>\n")
     fresh.setattr(jpeg_region, "_SOURCE", source)
     reason = jpeg_region.unavailable_reason()
-    assert reason.startswith("what decodes parts of JPEGs cannot be built: ") and "none/jconfig.h" in reason
+    assert reason.startswith("The decoder of parts of JPEGs cannot be built: ") and "none/jconfig.h" in reason
     assert reason.endswith("; a package such as libjpeg-dev has it")
     data = encoded(PHOTOGRAPH)
     ours = read_pixels(data, "a.jpg")[0]._decode((50, 30, 60, 40))
@@ -192,13 +192,13 @@ def test_without_the_header_rows_are_decoded(fresh, tmp_path):
 @needs_library
 def test_a_library_that_lacks_a_function_is_not_taken(fresh):
     fresh.setattr(Image.core, "__file__", ctypes.util.find_library("m"))
-    assert jpeg_region.unavailable_reason() == "Pillow's JPEG library has no jpeg_read_scanlines"
+    assert "Pillow's JPEG library has no jpeg_read_scanlines" in jpeg_region.unavailable_reason()
 
 
 @needs_library
 def test_a_library_that_gives_other_bytes_is_not_taken(fresh):
     fresh.setattr(jpeg_region, "_decode", lambda library, data, frame, box, pixels: True)
-    assert jpeg_region.unavailable_reason() == "Pillow's JPEG library is another one than jpeglib.h speaks of"
+    assert "is not the one that jpeglib.h describes" in jpeg_region.unavailable_reason()
 
 
 @needs_library
@@ -207,12 +207,12 @@ def test_the_library_says_which_layout_is_its_own(fresh):
     right = [layout for layout in jpeg_region._LAYOUTS if _alone(fresh, layout) is None]
     assert len(right) == 1
     fresh.setattr(jpeg_region, "_LAYOUTS", (*(set(jpeg_region._LAYOUTS) - set(right)), *right))
-    jpeg_region._library.cache_clear()
+    jpeg_region._library.forget()
     assert jpeg_region.unavailable_reason() is None
 
 
 def _alone(fresh: pytest.MonkeyPatch, layout: int) -> str | None:
-    jpeg_region._library.cache_clear()
+    jpeg_region._library.forget()
     with fresh.context() as patch:
         patch.setattr(jpeg_region, "_LAYOUTS", (layout,))
         return jpeg_region.unavailable_reason()

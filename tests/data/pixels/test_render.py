@@ -159,9 +159,9 @@ def no_compiler(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         patch.setenv("CXX", "/nonexistent")
-        pixels._library.cache_clear()
+        pixels._library.forget()
         yield
-    pixels._library.cache_clear()
+    pixels._library.forget()
 
 
 def test_without_a_compiler_auto_takes_pillow_and_native_is_refused(no_compiler, make_picture):

@@ -4,7 +4,6 @@ It needs that library's header, jpeglib.h, which is not everywhere; then volo/da
 """
 
 import ctypes
-import functools
 import io
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from volo.data.pixels.jpeg import Frame, plain_frame
 from volo.data.pixels.render import Box
-from volo.runtime import native as compiled
+from volo.runtime import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3",)
@@ -24,9 +23,8 @@ _HEADERS = ("jpeglib.h", "jconfig.h")
 
 
 def unavailable_reason() -> str | None:
-    """Return None where this runs, else why it does not. The first call in a process may build it."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    """Return None if this can run, else why it cannot. The first call in a process may build it."""
+    return _library.unavailable_reason()
 
 
 def decode(data: bytes, frame: Frame, box: Box, pixels: np.ndarray) -> bool:
@@ -41,7 +39,7 @@ def decode(data: bytes, frame: Frame, box: Box, pixels: np.ndarray) -> bool:
     Returns:
         Whether that went without as much as a warning; if not, Pillow has to say what it makes of the file.
     """
-    return _decode(_library(), data, frame, box, pixels)
+    return _decode(_library.get(), data, frame, box, pixels)
 
 
 def _decode(library: ctypes.CDLL, data: bytes, frame: Frame, box: Box, pixels: np.ndarray) -> bool:
@@ -51,27 +49,35 @@ def _decode(library: ctypes.CDLL, data: bytes, frame: Frame, box: Box, pixels: n
     return bool(library.decode_region(data, len(data), scan, pixels.ctypes.data, frame.width, frame.height, *box))
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """Return the library, built if need be, or the sentence that says why there is none."""
+def _load() -> ctypes.CDLL:
+    """Return the library for the layout of Pillow's libjpeg-turbo."""
     try:
         pillow = ctypes.CDLL(Image.core.__file__)  # finds what is in the libraries that it has loaded, too
-        for layout in _LAYOUTS:
-            library = compiled.library(_SOURCE, (*_FLAGS, f"-DLAYOUT={layout}"), "jpeg_region")
-            library.bind.argtypes, library.bind.restype = [ctypes.c_void_p], ctypes.c_char_p
-            library.decode_region.argtypes = [
-                *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-                *[ctypes.c_int64] * 6,
-            ]
-            library.decode_region.restype = ctypes.c_int64
-            if missing := library.bind(pillow._handle):
-                return f"Pillow's JPEG library has no {missing.decode()}"
-            if _is_pillows(library):
-                return library
-    except (compiled.NoLibrary, OSError) as error:
-        remedy = "; a package such as libjpeg-dev has it" if any(name in str(error) for name in _HEADERS) else ""
-        return f"what decodes parts of JPEGs cannot be built: {error}{remedy}"
-    return f"Pillow's JPEG library is another one than {_HEADERS[0]} speaks of"
+    except OSError as error:
+        raise native.NoLibrary(str(error)) from error
+    for layout in _LAYOUTS:
+        library = _compiled(layout)
+        if missing := library.bind(pillow._handle):
+            raise native.NoLibrary(f"Pillow's JPEG library has no {missing.decode()}")
+        if _is_pillows(library):
+            return library
+    raise native.NoLibrary(f"Pillow's JPEG library is not the one that {_HEADERS[0]} describes")
+
+
+def _compiled(layout: int) -> ctypes.CDLL:
+    try:
+        library = native.library(_SOURCE, (*_FLAGS, f"-DLAYOUT={layout}"), "jpeg_region")
+    except native.NoLibrary as error:
+        if any(name in str(error) for name in _HEADERS):
+            raise native.NoLibrary(f"{error}; a package such as libjpeg-dev has it") from error
+        raise
+    library.bind.argtypes, library.bind.restype = [ctypes.c_void_p], ctypes.c_char_p
+    library.decode_region.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+        *[ctypes.c_int64] * 6,
+    ]
+    library.decode_region.restype = ctypes.c_int64
+    return library
 
 
 def _is_pillows(library: ctypes.CDLL) -> bool:
@@ -91,3 +97,6 @@ def _is_pillows(library: ctypes.CDLL) -> bool:
         if not np.array_equal(pixels[box[1] : box[3], box[0] : box[2], :3], expected):
             return False
     return True
+
+
+_library = native.NativeLibrary("The decoder of parts of JPEGs", _load)

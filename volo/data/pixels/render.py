@@ -17,7 +17,7 @@ from PIL import Image
 
 from volo.data.pixels.crop import ResizedCrop, Shift
 from volo.data.pixels.rand_augment import Op
-from volo.runtime import native as compiled
+from volo.runtime import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # A product and a sum keep their own roundings, as in Pillow.
@@ -53,9 +53,8 @@ Box = tuple[int, int, int, int]
 
 
 def unavailable_reason() -> str | None:
-    """Return None where this runs, else why it does not. The first call in a process may build it."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    """Return None if this can run, else why it cannot. The first call in a process may build it."""
+    return _library.unavailable_reason()
 
 
 class Pixels:
@@ -140,7 +139,7 @@ class Pixels:
             *(resample == _BICUBIC, _tall_first()),
             *fill,
         )
-        library = _library()
+        library = _library.get()
         needed = (ctypes.c_int64 * 4)()
         library.box_needed(job, ops, needed)
         array = self._decode(tuple(needed))
@@ -202,15 +201,13 @@ def _tall_first() -> bool:
     return image.resize((4, 4), _BICUBIC) == image.resize((3, 4), _BICUBIC).resize((4, 4), _BICUBIC)
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """Return the library, built if need be, or the sentence that says why there is none."""
-    try:
-        library = compiled.library(_SOURCE, _FLAGS, "pixels")
-    except compiled.NoLibrary as error:
-        return f"The native augmentation cannot be built: {error}"
+def _load() -> ctypes.CDLL:
+    library = native.library(_SOURCE, _FLAGS, "pixels")
     library.render.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.render.restype = None
     library.box_needed.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.box_needed.restype = None
     return library
+
+
+_library = native.NativeLibrary("The native augmentation", _load)

@@ -4,17 +4,19 @@ B images, H x W grid, C channels, h x w windows, K kernel side.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from volo.runtime import native as compiled
+from volo.runtime import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Two switches of -O3, to unroll the loops over a 3 x 3 window and to vectorise copies; the others double the build.
 _FLAGS = ("-O2", "-fpeel-loops", "-ftree-vectorize", "-fopenmp")
+_library = native.NativeLibrary(
+    "The CPU kernel of outlook attention", lambda: native.library(_SOURCE, _FLAGS, "outlook_attention")
+)
 
 
 def forward(value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int) -> Tensor:
@@ -33,9 +35,8 @@ def backward(
 
 
 def unavailable_reason() -> str | None:
-    """Return None where this kernel runs, else why it does not. The first call in a process may build it."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    """Return None if this kernel can run, else why it cannot. The first call in a process may build it."""
+    return _library.unavailable_reason()
 
 
 def _call(name: str, inputs: list[Tensor], outputs: list[torch.Size], shape: torch.Size, num_heads: int, *window: int):
@@ -45,21 +46,10 @@ def _call(name: str, inputs: list[Tensor], outputs: list[torch.Size], shape: tor
     if dtype == torch.float16:  # rare on CPUs, so not worth code of its own
         results = _call(name, [x.float() for x in inputs], outputs, shape, num_heads, *window)
         return [result.half() for result in results]
-    library = _library()
-    assert isinstance(library, ctypes.CDLL), library
-    function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+    function = getattr(_library.get(), f"{name}_{str(dtype).removeprefix('torch.')}")
     results = [torch.empty(size, dtype=dtype) for size in outputs]
     tensors = [x.contiguous() for x in inputs] + results
     B, H, W, C = shape
     numbers = (ctypes.c_int64 * 8)(B, H, W, num_heads, C // num_heads, *window)  # Shape in cpu.cpp
     function(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), numbers, ctypes.c_int(torch.get_num_threads()))
     return results
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """Return the library, built if need be, or the sentence that says why there is none."""
-    try:
-        return compiled.library(_SOURCE, _FLAGS, "outlook_attention")
-    except compiled.NoLibrary as error:
-        return f"The CPU kernel of outlook attention cannot be built: {error}"
