@@ -29,7 +29,7 @@ from benchmark_output import cpu_name, print_table, show_progress
 from timm.data import ImageDataset, create_loader
 
 from volo.config import AugmentConfig
-from volo.data.dataset import EvalImages, TrainImages, collate
+from volo.data.dataset import EvalImages, TrainImages
 from volo.data.loader import train_loader
 from volo.data.pixels.decode import read_image, read_pixels
 from volo.data.pixels.transforms import EvalTransform, TrainTransform
@@ -169,12 +169,12 @@ class Bench:
 
     def training(self, config: AugmentConfig, labels: LabelSource | None = None) -> Run:
         images = TrainImages(self.records, TrainTransform(config, self.image_hw), 0, "fail", "ignore", labels)
-        return lambda batch, epoch: collate([images[epoch, index] for index in batch])
+        return lambda batch, epoch: images.collate([images[epoch, index] for index in batch])
 
     def evaluation(self, backend: str) -> Run:
         transform = EvalTransform(self.image_hw, CROP_PCT, "bicubic", backend)
         images = EvalImages(self.records, transform, "ignore")
-        return lambda batch, epoch: collate([images[index] for index in batch])
+        return lambda batch, epoch: images.collate([images[index] for index in batch])
 
     def published(self, batch: Sequence[int], epoch: int) -> None:
         transform = TrainTransform(replace(self.recipe, backend="pillow"), self.image_hw)
@@ -234,7 +234,7 @@ class Bench:
                 some = range(start, min(start + self.args.batch, len(self.records)))
                 samples = [images[epoch, index] for index in some]
                 begin = time.thread_time()
-                collate(samples)
+                images.collate(samples)
                 times["collate"] += time.thread_time() - begin
             for stage, value in times.items():
                 spent.setdefault(stage, []).append(value / len(self.records))
@@ -257,7 +257,7 @@ class Bench:
                 seed=0,
                 global_batch=min(self.args.batch, len(self.records)),
                 workers=workers,
-                token_labels=self.source,
+                sidecar=self.source,
             )
             for _ in loader.epoch(0):  # the workers start, and the files come into memory
                 pass

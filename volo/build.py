@@ -140,7 +140,7 @@ def make_train_loader(
         pin_memory=world.device.type == "cuda",
         timeout_seconds=config.data.timeout_seconds,
         epochs=config.schedule.total_epochs,
-        token_labels=token_labels,
+        sidecar=token_labels,
     )
 
 

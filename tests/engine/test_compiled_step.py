@@ -36,7 +36,7 @@ def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geome
         batch = make_batch(6, step)
         per_token = (2, 3, 5)[step % 3]  # no size by chance like another
         maps = make_label_maps(6, 16, per_token) if geometry == "aligned" else published_maps(6)
-        batch.token_labels = maps
+        batch.sidecar = maps
         losses = {name: learner.forward_backward(batch, 0, step, 0).total for name, learner in learners.items()}
         for learner in learners.values():
             learner.update(1e-3, step)

@@ -41,7 +41,7 @@ def labelled(count: int, geometry: str = "aligned") -> Batch:
         indices=torch.arange(count),
         notes=torch.zeros(count, dtype=torch.int64),
         failures=[],
-        token_labels=PublishedMaps(torch.full((count, 1, 1, 1), 40.0), torch.arange(count)[:, None, None, None], boxes)
+        sidecar=PublishedMaps(torch.full((count, 1, 1, 1), 40.0), torch.arange(count)[:, None, None, None], boxes)
         if geometry == "published"
         else AlignedMaps(
             scores=torch.full((count, 1, 1), 40.0),
@@ -95,7 +95,7 @@ def test_targets_say_what_the_pixels_show(make_learner, way, mode, geometry):
         partial += int(((shares > 0.01) & (shares < 0.99)).sum())
 
         expected = shares if geometry == "aligned" else whole[:, None].expand_as(shares)
-        valid = torch.ones(count, GRID * GRID) if geometry == "published" else batch.token_labels.valid.float()
+        valid = torch.ones(count, GRID * GRID) if geometry == "published" else batch.sidecar.valid.float()
         mine, theirs = expected * valid, (1 - expected) * valid.flip(0)
         images = torch.arange(count)
         dense = inputs.targets.to_dense()  # [B, C, 2 + N]

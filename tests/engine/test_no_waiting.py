@@ -53,9 +53,9 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     batch.erase_boxes.zero_()  # erasing fills boxes with a generator of the device
     if config.token_label.geometry == "published":
         boxes = torch.tensor([[0.5, 1.0, 3.0, 2.0]]).expand(size, 4)
-        batch.token_labels = PublishedMaps(torch.rand(size, 2, 4, 5), torch.zeros(size, 2, 4, 5).long(), boxes)
+        batch.sidecar = PublishedMaps(torch.rand(size, 2, 4, 5), torch.zeros(size, 2, 4, 5).long(), boxes)
     elif config.token_label.root:
-        batch.token_labels = make_label_maps(size, learner.grid[0] * learner.grid[1])
+        batch.sidecar = make_label_maps(size, learner.grid[0] * learner.grid[1])
     for step in range(3):
         for micro in range(learner.plan.micro_batches):
             loss = learner.forward_backward(batch, 0, step, micro).total

@@ -5,22 +5,51 @@ alone; so any worker of any rank gives the same sample. B is the number of image
 and width, N is the number of images of the data set.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from volo.data.pixels.decode import UnreadableImage, count_notes, read_image, read_pixels
-from volo.data.pixels.transforms import EvalTransform, TrainTransform
+from volo.data.pixels.transforms import EvalTransform, Plan, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.runtime.rng import generator, torch_seed
-from volo.token_labels.aligned import AlignedMaps, TokenCells
-from volo.token_labels.published import PublishedMap, PublishedMaps
-from volo.token_labels.source import LabelSource
 
 # How many other images are tried in place of an unreadable one before the data set counts as broken.
 _REPLACEMENTS = 10
+
+
+class SidecarBatch(Protocol):
+    """What a batch carries beside pixels and classes, in tensors whose first axis is the image."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SidecarBatch":
+        """Return a copy with ``function`` applied to every tensor."""
+        ...
+
+
+class Sidecar(Protocol):
+    """What comes along with every training image and follows its augmentation, such as a label map."""
+
+    def transformed(self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Any:
+        """Return what belongs to image ``index`` once ``plan`` is applied to it.
+
+        Args:
+            index: Place of the image in the records.
+            plan: What happened to the pixels.
+            image_hw: Size of the decoded image, in pixels.
+            out_hw: Size of the network's input, in pixels.
+
+        Raises:
+            ValueError: It is damaged; the message names the file.
+        """
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> SidecarBatch:
+        """Return the batch of what :meth:`transformed` gave."""
+        ...
 
 
 @dataclass
@@ -35,7 +64,7 @@ class Sample:
         noise_seed: Seed of the noise in that box.
         notes: What was unusual about the file.
         failures: Why files that were tried first, or this one, could not be read.
-        token_labels: The label map as it was led through the augmentation, where there are label maps.
+        sidecar: What its sidecar gave for this sample, if the data set has one.
     """
 
     index: int
@@ -45,7 +74,7 @@ class Sample:
     noise_seed: int = 0
     notes: int = 0
     failures: tuple[str, ...] = ()
-    token_labels: TokenCells | PublishedMap | None = None
+    sidecar: Any = None
 
 
 @dataclass
@@ -61,7 +90,7 @@ class Batch:
         notes: int64 [B], sums of :class:`volo.data.pixels.decode.Note`.
         failures: One line for every file that could not be read. In training another image has taken its place;
             in evaluation it is missing from the batch, which may thereby be empty.
-        token_labels: The images' label maps, where there are any.
+        sidecar: The images' sidecar data, if the data set has any.
     """
 
     images: Tensor
@@ -71,30 +100,28 @@ class Batch:
     indices: Tensor
     notes: Tensor
     failures: list[str]
-    token_labels: AlignedMaps | PublishedMaps | None = None
+    sidecar: SidecarBatch | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pin_memory(self) -> "Batch":
         """Return the batch with what goes to the device in page-locked memory; DataLoader calls this."""
-        token_labels = self.token_labels and self.token_labels.map(Tensor.pin_memory)
-        return replace(
-            self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), token_labels=token_labels
-        )
+        sidecar = self.sidecar and self.sidecar.map(Tensor.pin_memory)
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), sidecar=sidecar)
 
     def head(self, most: int) -> "Batch":
         """Return its first ``most`` images, or all where there are fewer; the failures stay those of the whole."""
         names = ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes")
-        token_labels = self.token_labels and self.token_labels.map(lambda tensor: tensor[:most])
-        return replace(self, **{name: getattr(self, name)[:most] for name in names}, token_labels=token_labels)
+        sidecar = self.sidecar and self.sidecar.map(lambda tensor: tensor[:most])
+        return replace(self, **{name: getattr(self, name)[:most] for name in names}, sidecar=sidecar)
 
     def note_counts(self) -> dict[str, int]:
         """Count how many images carry each note; notes that do not occur are left out."""
         return count_notes(self.notes.tolist())
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample], sidecar: Sidecar | None = None) -> Batch:
     """Make a batch of the samples that have an image, and keep the failures of all of them."""
     readable = [sample for sample in samples if sample.image is not None]
 
@@ -102,8 +129,6 @@ def collate(samples: list[Sample]) -> Batch:
         return torch.tensor(values, dtype=torch.int64).reshape(len(readable), *shape)
 
     images = [torch.from_numpy(sample.image) for sample in readable]
-    maps = [sample.token_labels for sample in readable if sample.token_labels is not None]
-    kind = PublishedMaps if maps and isinstance(maps[0], PublishedMap) else AlignedMaps
     return Batch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=column([sample.label for sample in readable]),
@@ -112,7 +137,7 @@ def collate(samples: list[Sample]) -> Batch:
         indices=column([sample.index for sample in readable]),
         notes=column([int(sample.notes) for sample in readable]),
         failures=[failure for sample in samples for failure in sample.failures],
-        token_labels=kind.collate(maps) if maps else None,
+        sidecar=sidecar.collate([sample.sidecar for sample in readable]) if sidecar and readable else None,
     )
 
 
@@ -126,8 +151,14 @@ class _Images(torch.utils.data.Dataset):
         self.exif = exif
         self._decode = read_pixels if transform.backend.native else read_image
 
+    sidecar: Sidecar | None = None
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Return the batch of ``samples``; see :func:`collate`."""
+        return collate(samples, self.sidecar)
 
     def name(self, index: int) -> str:
         """Return what image ``index`` goes by in messages."""
@@ -147,7 +178,7 @@ class TrainImages(_Images):
         on_error: An unreadable image: "fail" leaves the sample without an image; "skip" puts another one, drawn
             from seed, epoch and index, in its place. Either way the reason is kept in the sample.
         exif: "ignore" or "apply" orientation tags.
-        token_labels: Label maps of the images, or None.
+        sidecar: What follows the augmentation beside the pixels, or None.
     """
 
     def __init__(
@@ -157,10 +188,10 @@ class TrainImages(_Images):
         seed: int,
         on_error: str,
         exif: str,
-        token_labels: LabelSource | None = None,
+        sidecar: Sidecar | None = None,
     ):
         super().__init__(records, transform, exif)
-        self.token_labels = token_labels
+        self.sidecar = sidecar
         self.seed = seed
         self.on_error = on_error
 
@@ -189,13 +220,13 @@ class TrainImages(_Images):
             pixels = self.transform.apply(image, plan)  # native pixels are decoded here
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        maps = None
-        if self.token_labels is not None:
+        beside = None
+        if self.sidecar is not None:
             try:
-                maps = self.token_labels.transformed(index, plan, size, self.transform.image_hw)
+                beside = self.sidecar.transformed(index, plan, size, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, pixels, label, plan.erase, noise_seed, notes, token_labels=maps)
+        return Sample(index, pixels, label, plan.erase, noise_seed, notes, sidecar=beside)
 
 
 class EvalImages(_Images):

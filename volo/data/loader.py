@@ -12,13 +12,12 @@ from itertools import count, islice
 
 import numpy as np
 
-from volo.data.dataset import Batch, EvalImages, TrainImages
+from volo.data.dataset import Batch, EvalImages, Sidecar, TrainImages
 from volo.data.pixels.decode import UnreadableImage
 from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.data.workers import BatchReader
 from volo.runtime.rng import generator
-from volo.token_labels.source import LabelSource
 
 __all__ = ["Batch", "EpochBatches", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
 
@@ -244,7 +243,7 @@ def train_loader(
     pin_memory: bool = False,
     timeout_seconds: float = 0,
     epochs: int | None = None,
-    token_labels: LabelSource | None = None,
+    sidecar: Sidecar | None = None,
 ) -> TrainLoader:
     """Return the loader of this rank's training batches.
 
@@ -263,13 +262,13 @@ def train_loader(
         pin_memory: Put batches into page-locked memory (for CUDA).
         timeout_seconds: Longest wait for a batch, where there are workers; 0 for no limit.
         epochs: Epochs of the run, after which nothing is read ahead; None for no end.
-        token_labels: Label maps of the images, or None.
+        sidecar: What follows the augmentation beside the pixels, such as label maps, or None.
 
     Raises:
         ValueError: ``global_batch`` is larger than the data set, or cannot be shared out evenly.
     """
     batches = EpochBatches(len(records), seed, global_batch, world_size, rank, micro_batches)
-    images = TrainImages(records, transform, seed, on_error, exif, token_labels)
+    images = TrainImages(records, transform, seed, on_error, exif, sidecar)
     return TrainLoader(images, batches, workers, pin_memory, timeout_seconds, epochs)
 
 

@@ -18,7 +18,7 @@ from multiprocessing.context import BaseContext
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from volo.data.dataset import Batch, EvalImages, TrainImages, collate
+from volo.data.dataset import Batch, EvalImages, TrainImages
 from volo.data.pixels.decode import UnreadableImage
 
 PREFETCHED_BATCHES = 2  # a worker
@@ -132,7 +132,7 @@ class _Pass:
         loader = DataLoader(
             _Watched(dataset, self._at),
             batch_sampler=keys,
-            collate_fn=collate,
+            collate_fn=dataset.collate,
             num_workers=workers,
             pin_memory=pin_memory,
             timeout=_POLL_SECONDS if workers else 0,

@@ -169,9 +169,9 @@ class Learner:
         """Return the targets of a batch: those of every token if there are label maps, else [B, C]."""
         config = self.config
         truth = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
-        if batch.token_labels is None:
+        if batch.sidecar is None:
             return ClassTargets(truth)
-        maps = batch.token_labels.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
+        maps = batch.sidecar.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
         return maps.targets(truth, self.grid, config.loss.smoothing, config.token_label.smoothing == "published")
 
     def _backward(self, loss: torch.Tensor) -> None:
