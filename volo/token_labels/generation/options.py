@@ -35,6 +35,8 @@ class GenerateOptions:
         batch_size: Images of one forward pass of a process.
         block_size: Images between two saves of a process: as many may have to be done again after a kill.
         workers: Processes that read images, for each process that labels; by default one a core, up to 8.
+        timeout_seconds: Longest wait for images from these processes (a network file system may hang for ever); 0 for
+            no limit.
         precision: Arithmetic of the features; the classifier is always in fp32. auto is bf16 on CUDA, fp32 on the CPU.
         device: auto takes CUDA where there is one.
         on_error: An unreadable image: "fail" names it and stops; "skip" lists it, and it gets no label.
@@ -57,6 +59,7 @@ class GenerateOptions:
     batch_size: int = 64
     block_size: int = 1024
     workers: int | None = None
+    timeout_seconds: float = 600.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_error: Literal["fail", "skip"] = "fail"
@@ -67,6 +70,7 @@ class GenerateOptions:
         for name in ("top_k", "batch_size", "block_size"):
             _require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; at least 1")
         _require(self.workers is None or self.workers >= 0, f"--workers is {self.workers}; 0 or more")
+        _require(self.timeout_seconds >= 0, f"--timeout_seconds is {self.timeout_seconds}; 0 or more")
         sides = [self.img_size] if isinstance(self.img_size, int) else self.img_size or [1]
         _require(
             len(sides) <= 2 and min(sides) >= 1,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from volo.data.sources.records import ImageRecords
+from volo.data.workers import WorkerFailed
 from volo.engine.precision import Precision
 from volo.models import read_checkpoint
 from volo.reporting import ProgressBar, setup_logging
@@ -42,6 +43,8 @@ _OPTIONS_HERE = OPTIONS_HERE | {
     "model.img_size": "--img_size",
     "train.precision": "--precision",
     "train.device": "--device",
+    "data.workers": "--workers",
+    "data.timeout_seconds": "--timeout_seconds",
 }
 
 
@@ -71,7 +74,10 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
     if done := len(folder) - len(remaining):
         _logger.info("going on in %s: %d of %d blocks are done", folder.path, done, len(folder))
 
-    label_blocks(options, records, teacher, precision, world, folder, remaining, stop)
+    try:
+        label_blocks(options, records, teacher, precision, world, folder, remaining, stop)
+    except WorkerFailed as error:
+        raise ValueError(with_options_of(_OPTIONS_HERE, str(error))) from error
     if distributed.max_over_ranks([float(stop.requested)])[0]:
         return _stopped(folder)
     if not world.is_main:
@@ -165,6 +171,8 @@ def label_blocks(
         covers=options.covers,
         exif=options.exif,
         workers=worker_count(options.workers),
+        timeout_seconds=options.timeout_seconds,
+        replace_workers=options.on_error == "skip",
     )
     labeller = Labeller(
         teacher, records, world.device, precision.autocast, options.top_k, options.batch_size, options.on_error
@@ -187,7 +195,7 @@ def label_blocks(
                 raise Stopped
             yield chunk
 
-    with contextlib.closing(progress), contextlib.suppress(Stopped):
+    with contextlib.closing(progress), contextlib.closing(chunks), contextlib.suppress(Stopped):
         for number, length in zip(mine, num_chunks, strict=True):
             block = labeller.block(until_stopped(itertools.islice(chunks, length)), count)
             folder.write(number, block)

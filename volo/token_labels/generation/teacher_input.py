@@ -1,11 +1,10 @@
 """Images on their way to a teacher: read, resized, and handed over by worker processes.
 
-n images of different sizes H x W travel as one array of bytes, because every tensor that passes between processes
-takes an open file of both.
+Images of different sizes H x W travel as one array of bytes, because every tensor that passes between two processes
+costs both of them an open file.
 """
 
 import math
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,14 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from volo.data.pixels.decode import UnreadableImage, read_image
 from volo.data.pixels.transforms import EvalTransform, to_array
 from volo.data.sources.records import ImageRecords
+from volo.data.workers import BatchReader
 
-_LARGEST_ASPECT = 4  # a map of an image that is longer still would be one row of cells
-_CHUNK = 16  # images; enough to hide the cost of passing them on
+_LARGEST_ASPECT = 4  # beyond it, a label map would be a single row of cells
+_CHUNK = 16  # images; enough to hide the cost of handing them over
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class TeacherInput:
     """What a teacher takes.
 
     Args:
-        image_hw: (H, W); where ``keeps_aspect``, a size of as many pixels as the input is to have.
-        keeps_aspect: Takes inputs of any size divisible by ``stride``; otherwise of ``image_hw`` alone.
+        image_hw: (H, W) of the input in pixels; if ``keeps_aspect``, only their product counts.
+        keeps_aspect: Whether it takes inputs of any size divisible by ``stride``; otherwise only of ``image_hw``.
         stride: Pixels between two cells.
         interpolation: Resampling of the resize, as timm names it.
     """
@@ -61,10 +61,10 @@ class Chunk:
     """A few images that were read together.
 
     Args:
-        indices: Their places in the records.
-        sizes: (H, W) of each.
+        indices: Their indices in the records.
+        sizes: (H, W) of each, in pixels.
         pixels: uint8, the images [3, H, W] one after the other.
-        skipped: Place of each image that cannot be read, and why.
+        skipped: Index of each image that cannot be read, and the reason.
     """
 
     indices: list[int]
@@ -76,14 +76,14 @@ class Chunk:
         return len(self.indices) + len(self.skipped)
 
     def images(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the place and the pixels [3, H, W] of each image."""
+        """Yield index and pixels, uint8 [3, H, W], of each image."""
         parts = self.pixels.split([3 * height * width for height, width in self.sizes])
         for index, (height, width), part in zip(self.indices, self.sizes, parts, strict=True):
             yield index, part.view(3, height, width)
 
 
 class _Images(Dataset):
-    """(index, pixels or None, why not) by index."""
+    """By index: (index, pixels or None, why it cannot be read)."""
 
     def __init__(self, records: ImageRecords, teacher_input: TeacherInput, covers: str, exif: str):
         self.records = records
@@ -91,9 +91,13 @@ class _Images(Dataset):
         self.covers = covers
         self.exif = exif
 
+    def name(self, index: int) -> str:
+        """Return what image ``index`` is called in messages."""
+        return self.records.location(index)
+
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, str]:
         try:
-            image, _ = read_image(self.records.read(index), self.records.location(index), self.exif)
+            image, _ = read_image(self.records.read(index), self.name(index), self.exif)
         except UnreadableImage as error:
             return index, None, str(error)
         return index, self.input.prepare(image, self.covers), ""
@@ -107,19 +111,43 @@ def read_chunks(
     covers: str,
     exif: str,
     workers: int,
+    timeout_seconds: float = 0,
+    replace_workers: bool = False,
 ) -> tuple[Iterator[Chunk], list[int]]:
-    """Return the chunks of ``blocks``, ranges of image indices, in order, and the number of chunks of each block."""
+    """Return the chunks of ``blocks``, in order, and the number of chunks of each block.
+
+    The iterator raises :class:`volo.data.workers.WorkerFailed` if a worker dies or hangs.
+
+    Args:
+        records: The images.
+        blocks: Ranges of image indices.
+        teacher_input: What the teacher takes.
+        covers: "whole_image" or "center_crop".
+        exif: "ignore" or "apply" orientation tags.
+        workers: Processes that read; 0 reads in this one.
+        timeout_seconds: Longest wait for one chunk from the workers; 0 for no limit.
+        replace_workers: Replace a worker that dies, instead of raising an error.
+    """
     cut = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
     chunks = [chunk for block in cut for chunk in block]
-    loader = DataLoader(
+    reader = BatchReader(
         _Images(records, teacher_input, covers, exif),
-        batch_sampler=chunks,
-        collate_fn=_collate,
-        num_workers=min(workers, len(chunks)),
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
+        lambda number: iter(chunks[number:]),
+        workers=min(workers, len(chunks)),
+        pin_memory=False,
+        timeout_seconds=timeout_seconds,
+        replace_workers=replace_workers,
+        collate=_collate,
     )
-    return iter(loader), [len(block) for block in cut]
+    return _all_of(reader, len(chunks)), [len(block) for block in cut]
+
+
+def _all_of(reader: BatchReader, count: int) -> Iterator[Chunk]:
+    try:
+        for number in range(count):
+            yield reader.read(number)
+    finally:
+        reader.close()
 
 
 def _collate(samples: list[tuple[int, np.ndarray | None, str]]) -> Chunk:
@@ -131,9 +159,3 @@ def _collate(samples: list[tuple[int, np.ndarray | None, str]]) -> Chunk:
         torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0, dtype=torch.uint8),
         {index: reason for index, pixels, reason in samples if pixels is None},
     )
-
-
-def _start_worker(worker: int) -> None:
-    # A signal that stops the run goes to all its processes; the one that labels sees to the end of this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
