@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -55,14 +54,14 @@ class BatchReader:
     garbage collector finds their queues first, each of them is waited for in vain.
 
     Args:
-        dataset: Gives samples by key, which is the index of an image or ends with it; ``name(index)`` names the image.
+        dataset: Gives samples by key, which is the index of an image or ends with it; names images by ``name(index)``
+            and makes batches of samples by ``collate``.
         keys_from: Gives the keys of batch n, n + 1, ... to the last one.
         workers: Processes that read; 0 reads in this one.
         pin_memory: Put batches into page-locked memory (for CUDA).
         timeout_seconds: Longest wait for one batch, where there are workers; 0 for no limit.
         replace_workers: Where a worker dies, start others at the batch that is due; else that is an error. Those that
             never came up are replaced in any case.
-        collate: Makes a batch of a list of samples.
     """
 
     def __init__(
@@ -74,10 +73,9 @@ class BatchReader:
         pin_memory: bool,
         timeout_seconds: float,
         replace_workers: bool,
-        collate: Callable[[list], Any] = collate,
     ):
         self.lost_workers = 0
-        self._open = lambda number: _Pass(dataset, keys_from(number), workers, pin_memory, timeout_seconds, collate)
+        self._open = lambda number: _Pass(dataset, keys_from(number), workers, pin_memory, timeout_seconds)
         self._replace_workers = replace_workers
         self._pass: _Pass | None = None
         self._next = -1  # the batch that the pass gives next
@@ -123,15 +121,7 @@ class _Pass:
     iterator goes on after one), so that whatever is wrong is found within seconds, and only where a batch is due.
     """
 
-    def __init__(
-        self,
-        dataset,
-        keys: Iterator[list],
-        workers: int,
-        pin_memory: bool,
-        timeout_seconds: float,
-        collate: Callable[[list], Any] = collate,
-    ):
+    def __init__(self, dataset, keys: Iterator[list], workers: int, pin_memory: bool, timeout_seconds: float):
         self._dataset, self._timeout_seconds = dataset, timeout_seconds
         # Where processes can fork they do: the workers then share the list of files. They stay clear of CUDA, and
         # DataLoader gives each of them one thread.

@@ -3,13 +3,13 @@
 The list of images, which is sorted, is cut into blocks of equal size; block b is the same images for any number of
 processes. A folder of them holds:
 
-    options.json        what the labels depend on; a run goes on only with the same
+    options.json        what the labels depend on; a run resumes only with the same
     block-000012.npz    scores [S] and classes [S] of its maps, one after the other; indices [n] of the images;
                         shapes [n, 2] of the maps; correct [2], how many images the teacher got right within 1 and 5;
                         skipped [m] and reasons [m], images that could not be read
 
 A file gets its name when all of it is on disk, so a kill at any moment leaves whole blocks and nothing else that
-counts. k top scores a cell, h x w cells of a map, S the sum of k * h * w over the n maps.
+counts. k top scores per cell, h x w cells of a map, S the sum of k * h * w over the n maps.
 """
 
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from volo.runtime.files import atomic_file, remove_temporary_files, write_atomic
 from volo.token_labels.store import TokenLabelMap
 
 _OPTIONS = "options.json"
@@ -60,7 +61,7 @@ class BlockFolder:
         return range(start, min(start + self.block_size, self.num_images))
 
     def open(self, options: dict[str, str]) -> None:
-        """Make the folder, or go on in it.
+        """Make the folder, or resume in it.
 
         Args:
             options: What the labels depend on: name of the option to its value.
@@ -71,26 +72,25 @@ class BlockFolder:
         file = self.path / _OPTIONS
         if not file.exists():
             if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"{self.path} is in the way: it is not what an earlier run left; move it away")
+                raise ValueError(f"{self.path} exists and was not left by an earlier run; move it away")
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps(options, indent=1).encode())
+            write_atomic(file, json.dumps(options, indent=1))
             return
         try:
             before = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{file} is damaged; remove {self.path} to begin again") from error
+            raise ValueError(f"{file} is damaged; remove {self.path} to start again") from error
         changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
         if changed:
             told = "; ".join(f"{name} was {before.get(name)}, now {options.get(name)}" for name in changed)
             raise ValueError(
-                f"{self.path} holds labels made with other options: {told}. Give the same options to go on, remove "
-                "that folder to begin again, or name another --output"
+                f"{self.path} holds labels made with other options: {told}. Give the same options to resume, remove "
+                "that folder to start again, or name another --output"
             )
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
+        remove_temporary_files(self.path)
 
     def remaining(self) -> list[int]:
-        """Return the numbers of the blocks that are still to be made, ascending."""
+        """Return the numbers of the blocks that are not there yet, ascending."""
         there = {entry.name for entry in os.scandir(self.path)}
         return [number for number in range(len(self)) if self._file(number).name not in there]
 
@@ -106,10 +106,11 @@ class BlockFolder:
             "skipped": np.array(list(block.skipped), dtype=np.int64),
             "reasons": np.array(list(block.skipped.values()), dtype=np.str_),
         }
-        _write(self._file(number), arrays)
+        with atomic_file(self._file(number)) as file:
+            np.savez(file, **arrays)
 
     def read(self, number: int) -> Block:
-        """Read a block; ValueError where its file is damaged."""
+        """Read a block; ValueError if its file is damaged."""
         file = self._file(number)
         try:
             with np.load(file) as content:
@@ -120,8 +121,8 @@ class BlockFolder:
             correct = tuple(arrays["correct"].tolist())
         except Exception as error:  # arbitrary bytes trip the parsers in arbitrary ways
             raise ValueError(
-                f"{file} is damaged ({type(error).__name__}: {error}); remove it and start again, and only its "
-                "images are labelled anew"
+                f"{file} is damaged ({type(error).__name__}: {error}); remove it and start again: only its "
+                "images are labelled again"
             ) from error
         return Block(labels, correct, skipped)
 
@@ -142,16 +143,3 @@ class BlockFolder:
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.empty(0, dtype)
-
-
-def _write(path: Path, content: bytes | dict[str, np.ndarray]) -> None:
-    """Write a file so that it is whole under its name, or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            np.savez(file, **content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -102,6 +102,18 @@ class _Images(Dataset):
             return index, None, str(error)
         return index, self.input.prepare(image, self.covers), ""
 
+    @staticmethod
+    def collate(samples: list[tuple[int, np.ndarray | None, str]]) -> Chunk:
+        """Return the chunk of samples that were read together."""
+        readable = [(index, pixels) for index, pixels, _ in samples if pixels is not None]
+        flat = [pixels.reshape(-1) for _, pixels in readable]
+        return Chunk(
+            [index for index, _ in readable],
+            [pixels.shape[1:] for _, pixels in readable],
+            torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0, dtype=torch.uint8),
+            {index: reason for index, pixels, reason in samples if pixels is None},
+        )
+
 
 def read_chunks(
     records: ImageRecords,
@@ -137,7 +149,6 @@ def read_chunks(
         pin_memory=False,
         timeout_seconds=timeout_seconds,
         replace_workers=replace_workers,
-        collate=_collate,
     )
     return _all_of(reader, len(chunks)), [len(block) for block in cut]
 
@@ -148,14 +159,3 @@ def _all_of(reader: BatchReader, count: int) -> Iterator[Chunk]:
             yield reader.read(number)
     finally:
         reader.close()
-
-
-def _collate(samples: list[tuple[int, np.ndarray | None, str]]) -> Chunk:
-    readable = [(index, pixels) for index, pixels, _ in samples if pixels is not None]
-    flat = [pixels.reshape(-1) for _, pixels in readable]
-    return Chunk(
-        [index for index, _ in readable],
-        [pixels.shape[1:] for _, pixels in readable],
-        torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0, dtype=torch.uint8),
-        {index: reason for index, pixels, reason in samples if pixels is None},
-    )
