@@ -1,5 +1,7 @@
 """What is kept for the backward pass, and that computing things again changes no number."""
 
+import copy
+import pickle
 from typing import get_args
 
 import pytest
@@ -93,6 +95,44 @@ def test_frozen_parts_and_autocast(make_small, precision):
                 # Parts of a sum in bf16 may come in another order.
                 near = {"rtol": 1e-5, "atol": 1e-7} if precision == "fp32" else {"rtol": 0.05, "atol": 1e-3}
                 torch.testing.assert_close(found[name], grad, **near, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_copies_keep_less_too_and_have_their_own_parameters(make_small, mode):
+    """As of EMA, and of a worker that the network is sent to."""
+    model, images = make_small(), torch.randn(2, 3, 32, 32)
+    model.set_recompute(mode)
+    keys = list(model.state_dict())
+    kept = kept_bytes(model.train(), images)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    expected = step(model, images)
+    for other in copies:
+        assert list(other.state_dict()) == keys
+        assert all(p.grad is None for p in other.parameters())
+        assert kept_bytes(copy.deepcopy(other), images) == kept
+        for name, value in step(other, images).items():
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_to_one_graph(make_small, mode):
+    images = torch.randn(2, 3, 32, 32)
+    model = make_small()
+    model.set_recompute(mode)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    expected, found = step(model, images), step(compiled, images)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name.replace("_orig_mod.", "")], rtol=1e-4, atol=1e-6)
+
+
+def test_a_choice_can_be_taken_back(make_small):
+    model, images = make_small().train(), torch.randn(2, 3, 32, 32)
+    kept = {}
+    for mode in (*MODES, *MODES):
+        model.set_recompute(mode)
+        assert kept.setdefault(mode, kept_bytes(model, images)) == kept_bytes(model, images)
+    assert kept["none"] > kept["cheap"] > kept["blocks"]
 
 
 @pytest.mark.parametrize("mode", MODES)

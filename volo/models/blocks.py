@@ -5,21 +5,16 @@ Between blocks tokens are [B, H, W, C], contiguous, because every linear layer a
 Attribute names are those of the published code: they are the keys of its state_dict.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from volo.models.checkpointing import Recompute, batch_norm_again, recomputed
 from volo.models.outlook_attention import Kernel, outlook_attention
 
 
 class PatchEmbed(nn.Module):
-    """Convolutional stem at half resolution, then one projection a patch: [B, 3, H, W] -> [B, H/p, W/p, C]."""
+    """Convolutional stem at half resolution, then one projection per patch: [B, 3, H, W] -> [B, H/p, W/p, C]."""
 
     def __init__(self, patch_size: int, in_chans: int, hidden_dim: int, embed_dim: int):
         super().__init__()
@@ -33,44 +28,24 @@ class PatchEmbed(nn.Module):
             ]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden_dim, embed_dim, kernel_size=patch_size // 2, stride=patch_size // 2)
-        self.recompute: Recompute = "cheap"
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        return self.forward_folded(images) if not self.training else self.forward_in_training(images)
-
-    def forward_folded(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        """The stem of evaluation: its BatchNorms are constants, and go into weights and bias of the convolutions."""
-        # On the CPU channels last is the faster order of memory; on CUDA that is train.channels_last's to choose.
-        x = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
-        conv1, norm1, _, conv2, norm2, _, conv3, norm3, _ = self.conv
-        for conv, norm in ((conv1, norm1), (conv2, norm2), (conv3, norm3)):
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [hidden]
-            weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-            x = F.relu(F.conv2d(x, weight, bias, conv.stride, conv.padding), inplace=True)  # [B, hidden, H/2, W/2]
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
-
-    def forward_in_training(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        # Of the first convolution too the input is kept: with 3 channels going in, its output costs the least.
-        conv1, norm1, relu1, conv2, norm2, relu2, conv3, norm3, relu3 = self.conv
-        layers = self._layers
-        x = layers(conv2, images, lambda x, norm: relu1(norm(conv1(x))), norm1, conv1)  # [B, hidden, H/2, W/2]
-        x = layers(conv3, x, lambda x, norm: relu2(norm(x)), norm2)  # [B, hidden, H/2, W/2]
-        x = layers(self.proj, x, lambda x, norm: relu3(norm(x)), norm3)  # [B, C, H/p, W/p]
+        x = self.conv(images) if self.training else _folded(self.conv, images)  # [B, hidden, H/2, W/2]
+        x = self.proj(x)  # [B, C, H/p, W/p]
         # One copy here (none for channels_last images) spares one in every LayerNorm of the first stage.
         return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
 
-    def _layers(self, layer: nn.Conv2d, x: Tensor, before: Callable, norm: nn.Module, *inside: nn.Module) -> Tensor:
-        """Return ``layer(before(x, norm))``, and keep ``x`` alone for the backward pass."""
-        # A SyncBatchNorm would talk to the other processes once more, in the middle of the backward pass.
-        if self.recompute == "none" or isinstance(norm, nn.SyncBatchNorm) or torch.compiler.is_compiling():
-            return layer(before(x, norm))
-        return recomputed(
-            lambda x: before(x, norm),
-            layer,
-            x,
-            inside=(norm, *inside),
-            again=lambda x: before(x, partial(batch_norm_again, norm)),
-        )
+
+def _folded(stem: nn.Sequential, images: Tensor) -> Tensor:  # [B, 3, H, W]
+    """Run the stem for evaluation: its BatchNorms are constants, and go into the convolutions' weights and biases."""
+    # On the CPU channels last is the faster memory format; on CUDA train.channels_last chooses.
+    x = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
+    conv1, norm1, _, conv2, norm2, _, conv3, norm3, _ = stem
+    for conv, norm in ((conv1, norm1), (conv2, norm2), (conv3, norm3)):
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [hidden]
+        weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        x = F.relu(F.conv2d(x, weight, bias, conv.stride, conv.padding), inplace=True)
+    return x  # [B, hidden, H/2, W/2]
 
 
 class Downsample(nn.Module):
@@ -113,7 +88,8 @@ class OutlookAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.proj_drop(self.proj(self.mix(self.v(x), self.attn(self.centres(x)))))
+        x = self.mix(self.v(x), self.attn(self.centres(x)))  # [B, H, W, C]
+        return self.proj_drop(self.proj(x))
 
     def centres(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         """Return the mean of the cells around each window's centre, which its weights are made from: [B, h, w, C]."""
@@ -180,10 +156,7 @@ class ClassAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block on the grid, [B, H, W, C] -> [B, H, W, C]; see Outlooker and Transformer.
-
-    ``recompute`` says what is kept for the backward pass (volo/models/checkpointing.py); the output is the same.
-    """
+    """Pre-norm residual block on the grid: [B, H, W, C] -> [B, H, W, C]."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
@@ -191,61 +164,25 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        # Both branches share the rate and draw apart from each other.
+        # Both branches share the rate and draw independently.
         self.drop_path = DropPath(drop_path)
-        self.recompute: Recompute = "cheap"
-        self._draws = drop > 0 or attn.attn_drop > 0
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        if self.recompute == "blocks" and torch.is_grad_enabled():
-            return checkpoint(self.branches, x, use_reentrant=False)
-        return self.branches(x)
-
-    def branches(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        # Compiled graphs choose by themselves what to keep; and what drops at random cannot be computed again.
-        lean = self.recompute == "cheap" and not self._draws and not torch.compiler.is_compiling()
-        x = x + self.drop_path(self.attend_lean(x) if lean else self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.feed_lean(x) if lean else self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))  # [B, H, W, C]
+        x = x + self.drop_path(self.mlp(self.norm2(x)))  # [B, H, W, C]
         return x
-
-    def attend_lean(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def feed_lean(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class Outlooker(Block):
-    """Outlook attention and an MLP. The grid is at its largest, so the MLP's first product is made again."""
-
-    def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        attn = self.attn
-
-        def read(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.norm1(x)
-            return x, attn.centres(x)  # [B, H, W, C], [B, h, w, C]
-
-        value, logits = recomputed(read, (attn.v, attn.attn), x, inside=(self.norm1,))
-        return recomputed(attn.mix, attn.proj, value, logits)  # [B, H, W, C]
-
-    def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
-        return recomputed(lambda x: act(fc1(self.norm2(x))), fc2, x, inside=(self.norm2, fc1))  # [B, H, W, C]
+    """Block with outlook attention, on the fine grid."""
 
 
 class Transformer(Block):
-    """Self-attention and an MLP; no matrix product is made again."""
-
-    def attend_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.attn.attend(recomputed(self.norm1, self.attn.qkv, x, inside=(self.norm1,)))  # [B, H, W, C]
-
-    def feed_lean(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        hidden = recomputed(self.norm2, self.mlp.fc1, x, inside=(self.norm2,))  # [B, H, W, ratio*C]
-        return recomputed(self.mlp.act, self.mlp.fc2, hidden)  # [B, H, W, C]
+    """Block with self-attention, on the coarse grid."""
 
 
 class ClassBlock(nn.Module):
-    """Block that changes the class token only; the other tokens pass through. It has no stochastic depth."""
+    """Block that changes only the class token; the other tokens pass through. It has no stochastic depth."""
 
     def __init__(self, dim: int, attn: ClassAttention, mlp_ratio: float, drop: float):
         super().__init__()

@@ -1,4 +1,6 @@
-"""What is cheap to compute again is not kept for the backward pass.
+"""Activation checkpointing: what is cheap to compute again is not kept for the backward pass.
+
+:func:`apply_checkpointing` puts it around the parts of blocks.py, which know nothing of it.
 
 The output of a norm, an activation or the outlook operator costs one pass over memory to make, and as much memory to
 keep as its input. Where it goes straight into a matrix product, the input alone is kept, and the output is made again
@@ -8,17 +10,148 @@ the full grid: bytes spared for its arithmetic, that is where it is cheapest.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from volo.models.blocks import Block, Outlooker, PatchEmbed, Transformer
 
 # none: autograd keeps what it likes; cheap: what costs a few percent of a step; blocks: the inputs of blocks alone.
 Recompute = Literal["none", "cheap", "blocks"]
 
 Layer = nn.Linear | nn.Conv2d
+
+
+def apply_checkpointing(model: nn.Module, recompute: Recompute) -> None:
+    """Choose what the blocks and the stem of a model keep for the backward pass; what they compute is the same.
+
+    Each gets the class below that has its forward, as torch's parametrizations do: unlike a wrapper module this leaves
+    the names of parameters alone, and unlike a function on the instance it is copied and pickled with the model.
+
+    Args:
+        model: Changed in place, at any time between steps.
+        recompute: "none" is computed again, "cheap" things, or whole "blocks" (and cheap things in the stem).
+
+    Raises:
+        ValueError: The choice is unknown.
+    """
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute is {recompute!r}; it is one of {', '.join(get_args(Recompute))}")
+    for module in model.modules():
+        for plain, classes in _CLASSES.items():
+            if type(module) in classes.values():
+                # What drops at random cannot be computed again, except by what restores the random state: checkpoint.
+                cheap_would_draw = recompute == "cheap" and isinstance(module, Block) and _draws(module)
+                module.__class__ = plain if cheap_would_draw else classes[recompute]
+
+
+def _draws(block: Block) -> bool:
+    return block.mlp.drop1.p > 0 or block.attn.attn_drop > 0
+
+
+class CheapPatchEmbed(PatchEmbed):
+    """Makes norms and activations again. Its norms are synchronised or not when it runs, so that is asked then."""
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
+        if not self.training or torch.compiler.is_compiling():
+            return super().forward(images)
+        # Of the first convolution too the input is kept: with 3 channels going in, its output costs the least.
+        conv1, norm1, relu1, conv2, norm2, relu2, conv3, norm3, relu3 = self.conv
+        x = _conv(conv2, images, lambda x, norm: relu1(norm(conv1(x))), norm1, conv1)  # [B, hidden, H/2, W/2]
+        x = _conv(conv3, x, lambda x, norm: relu2(norm(x)), norm2)  # [B, hidden, H/2, W/2]
+        x = _conv(self.proj, x, lambda x, norm: relu3(norm(x)), norm3)  # [B, C, H/p, W/p]
+        return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
+
+
+def _conv(layer: nn.Conv2d, x: Tensor, before: Callable, norm: nn.Module, *inside: nn.Module) -> Tensor:
+    """Return ``layer(before(x, norm))``, and keep ``x`` alone for the backward pass."""
+    # A SyncBatchNorm would talk to the other processes once more, in the middle of the backward pass.
+    if isinstance(norm, nn.SyncBatchNorm):
+        return layer(before(x, norm))
+    return recomputed(
+        lambda x: before(x, norm),
+        layer,
+        x,
+        inside=(norm, *inside),
+        again=lambda x: before(x, partial(batch_norm_again, norm)),
+    )
+
+
+class CheapBlock(Block):
+    """A block in its two branches, each of which recomputes what a subclass says."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        if torch.compiler.is_compiling():  # compiled graphs choose by themselves what to keep
+            return super().forward(x)
+        x = x + self.drop_path(self.attend(x))  # [B, H, W, C]
+        x = x + self.drop_path(self.feed(x))  # [B, H, W, C]
+        return x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return ``attn(norm1(x))``, [B, H, W, C]."""
+        raise NotImplementedError
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Return ``mlp(norm2(x))``, [B, H, W, C]."""
+        raise NotImplementedError
+
+
+class CheapOutlooker(CheapBlock, Outlooker):
+    """The grid is at its largest, so the MLP's first product is made again too."""
+
+    def attend(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        attn = self.attn
+
+        def read(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm1(x)
+            return x, attn.centres(x)  # [B, H, W, C], [B, h, w, C]
+
+        value, logits = recomputed(read, (attn.v, attn.attn), x, inside=(self.norm1,))
+        return recomputed(attn.mix, attn.proj, value, logits)  # [B, H, W, C]
+
+    def feed(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
+        return recomputed(lambda x: act(fc1(self.norm2(x))), fc2, x, inside=(self.norm2, fc1))  # [B, H, W, C]
+
+
+class CheapTransformer(CheapBlock, Transformer):
+    """No matrix product is made again."""
+
+    def attend(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        return self.attn.attend(recomputed(self.norm1, self.attn.qkv, x, inside=(self.norm1,)))  # [B, H, W, C]
+
+    def feed(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        hidden = recomputed(self.norm2, self.mlp.fc1, x, inside=(self.norm2,))  # [B, H, W, ratio*C]
+        return recomputed(self.mlp.act, self.mlp.fc2, hidden)  # [B, H, W, C]
+
+
+class WholeBlock(Block):
+    """Keeps its input alone and runs a second time in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class WholeOutlooker(WholeBlock, Outlooker):
+    """See WholeBlock."""
+
+
+class WholeTransformer(WholeBlock, Transformer):
+    """See WholeBlock."""
+
+
+_CLASSES: dict[type[nn.Module], dict[Recompute, type[nn.Module]]] = {
+    PatchEmbed: {"none": PatchEmbed, "cheap": CheapPatchEmbed, "blocks": CheapPatchEmbed},
+    Outlooker: {"none": Outlooker, "cheap": CheapOutlooker, "blocks": WholeOutlooker},
+    Transformer: {"none": Transformer, "cheap": CheapTransformer, "blocks": WholeTransformer},
+}
 
 
 def recomputed(
@@ -68,8 +201,8 @@ class _Recomputed(torch.autograd.Function):
         saved, parameters = ctx.saved_tensors, ctx.parameters
         if any(now is not then for now, then in zip(_parameters(ctx.modules), parameters, strict=True)):
             raise RuntimeError(
-                "the parameters of the network are others than in the forward pass (torch.func.functional_call?): go "
-                "backward where they are the same, or call set_recompute('none')"
+                "the network's parameters are others than in the forward pass (torch.func.functional_call?). Run the "
+                "backward pass while they are the same, or call set_recompute('none')"
             )
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved[: len(saved) - len(parameters)]]
         of_layers = {id(p) for layer in ctx.layers for p in layer.parameters()}

@@ -24,7 +24,7 @@ from volo.models.blocks import (
     SelfAttention,
     Transformer,
 )
-from volo.models.checkpointing import Recompute
+from volo.models.checkpointing import Recompute, apply_checkpointing
 from volo.models.outlook_attention import Kernel, unavailable_reason
 
 
@@ -94,6 +94,7 @@ class VOLO(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         init_weights(self)
+        self.set_recompute("cheap")
 
     def forward(self, images: Tensor, mix_box: Tensor | None = None) -> Tensor | TokenLogits:
         """Classify images.
@@ -143,11 +144,7 @@ class VOLO(nn.Module):
 
     def set_recompute(self, what: Recompute) -> None:
         """Choose what is kept for the backward pass: "none" is computed again, "cheap" things, or whole "blocks"."""
-        if what not in get_args(Recompute):
-            raise ValueError(f"recompute is {what!r}; it is one of {', '.join(get_args(Recompute))}")
-        for module in self.modules():
-            if isinstance(module, Block | PatchEmbed):
-                module.recompute = what
+        apply_checkpointing(self, what)
 
     def set_kernel(self, kernel: Kernel) -> str:
         """Choose the kernel of outlook attention, and return in a sentence what was chosen and why.
