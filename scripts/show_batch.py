@@ -8,9 +8,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from volo.cli import build_parser, parse  # noqa: E402
+from volo.cli import build_parser, parse
 
 
 def main() -> None:
@@ -23,7 +21,8 @@ def main() -> None:
 
     import torch
 
-    from volo.build import BatchLayout, load_splits, make_train_loader, open_token_labels
+    from volo.build import load_splits, make_network, make_train_loader, open_token_labels
+    from volo.engine.batch_layout import BatchLayout
     from volo.engine.learner import Learner
     from volo.engine.preview import batch_picture
     from volo.runtime.distributed import World
@@ -32,11 +31,11 @@ def main() -> None:
     def body() -> int:
         world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
         with checking_usage():
-            plan = BatchLayout.of(config, world.size)
+            layout = BatchLayout.of(config, world.size)
             splits = load_splits(config)
-            learner = Learner(config, world, plan, state=None)
+            learner = Learner(config, world, layout, make_network(config, world))
             labels = open_token_labels(config, splits, learner.grid)
-            loader = make_train_loader(config, splits.train, world, plan, labels)
+            loader = make_train_loader(config, splits.train, world, layout, labels)
             if not 0 <= values["step"] < loader.steps_per_epoch:
                 raise UsageError(f"--step is {values['step']}; an epoch has steps 0 ... {loader.steps_per_epoch - 1}")
         png = batch_picture(learner, loader, splits.classes, values["epoch"], values["step"], values["images"])

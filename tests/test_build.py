@@ -9,11 +9,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from volo.build import BatchLayout, Splits, check_same_images, check_same_run, default_name, load_splits
+from volo.build import load_splits
 from volo.cli import config_to_dict
 from volo.config import Config, MixConfig, ModelConfig, TrainConfig
 from volo.data.sources.base import FolderSource, PackedNames
-from volo.data.sources.records import ImageRecords
+from volo.data.sources.records import ImageRecords, Splits
+from volo.engine.batch_layout import BatchLayout
+from volo.engine.run_folder import check_same_images, check_same_run, default_name
 
 # -------------------------------------------------------------------------------------------------- batch plan
 

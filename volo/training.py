@@ -7,26 +7,30 @@ from pathlib import Path
 import torch
 
 from volo.build import (
-    BatchLayout,
-    RunFolder,
-    check_same_images,
-    git_revision,
+    build_model,
     load_splits,
+    make_eval_loader,
+    make_network,
+    make_train_loader,
+    open_token_labels,
     require_shared_memory,
     require_start,
 )
 from volo.config import Config
 from volo.data.pixels.transforms import Backend, TrainTransform
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.checkpoint import read_own_checkpoint
-from volo.engine.learner import build_model
+from volo.engine.learner import Learner
 from volo.engine.optim import check_optimizer
-from volo.engine.precision import Precision
+from volo.engine.run_folder import RunFolder, check_same_images, git_revision
 from volo.engine.trainer import Trainer
 from volo.published_results import published_top1
 from volo.reporting import plot_curves, setup_logging, text_table
 from volo.runtime import distributed
 from volo.runtime.distributed import World
+from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, checking_usage
+from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
 
@@ -44,10 +48,15 @@ def run_training(config: Config) -> int:
         path, state = find_checkpoint(run, config, world)
         if state is not None:
             check_same_images(state, splits, config.train.batch_size)
-        require_shared_memory(config, BatchLayout.of(config, world.size), splits.val)
-        trainer = Trainer(config, world, run, splits, state)
+        layout = BatchLayout.of(config, world.size)
+        require_shared_memory(config, layout, splits.val)
+        learner = Learner(config, world, layout, make_network(config, world, state), state)
+        labels = open_token_labels(config, splits, learner.grid, world.is_main)
+        loader = make_train_loader(config, splits.train, world, layout, labels)
+        val_loader = make_eval_loader(config, splits.val, world) if splits.val is not None else None
+        trainer = Trainer(config, world, run, splits, learner, loader, val_loader, state)
         distributed.on_main(lambda: run.write_config(config))
-    _logger.info("%s", describe(trainer))
+    _logger.info("%s", describe(trainer, labels))
     if path is not None:
         done = trainer.progress
         _logger.info("going on from %s: epoch %d, step %d", path, done.epoch, done.step)
@@ -95,26 +104,26 @@ def find_checkpoint(run: RunFolder, config: Config, world: World):
     return found if world.is_main else (found, read_own_checkpoint(found))
 
 
-def describe(trainer: Trainer) -> str:
+def describe(trainer: Trainer, labels: LabelSource | None) -> str:
     """Return what the run does, in effective values, for the head of the log."""
-    config, plan, world = trainer.config, trainer.plan, trainer.world
+    config, layout, world = trainer.config, trainer.layout, trainer.world
     loader, splits = trainer.loader, trainer.splits
     steps, total = trainer.steps_per_epoch, config.schedule.total_epochs
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     height, width = config.model.image_hw
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    passes = f", {plan.micro_batches} passes of {plan.micro_size} a step" if plan.micro_batches > 1 else ""
+    passes = f", {layout.micro_batches} passes of {layout.micro_size} a step" if layout.micro_batches > 1 else ""
     rows = [
         ("model", f"{config.model.name}, {parameters:,} parameters, {height}x{width}, {len(splits.classes)} classes"),
         ("images", f"{len(splits.train):,} to train on, {len(splits.val) if splits.val else 0:,} to evaluate on"),
         ("processes", f"{world.size} on {device}, precision {trainer.learner.precision.name}"),
         ("outlook", trainer.learner.kernel),
         ("pixels", str(Backend(config.augment.backend))),
-        ("batch", f"{plan.global_size} images a step, {plan.global_size // world.size} a process{passes}"),
+        ("batch", f"{layout.global_size} images a step, {layout.global_size // world.size} a process{passes}"),
         ("schedule", f"{steps} steps an epoch, {total} epochs; learning rate to {config.optim.lr:g}, not scaled"),
     ]
-    if trainer.token_labels is not None:
-        rows.append(("labels", str(trainer.token_labels)))
+    if labels is not None:
+        rows.append(("labels", str(labels)))
     if loader.left_out:
         rows.append(("left out", f"{loader.left_out} images an epoch, others each time (an incomplete last batch)"))
     if ignored := splits.train.ignored:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from volo.build import make_eval_loader, require_classes, require_shared_memory
+from volo.build import build_model, make_eval_loader, require_classes, require_shared_memory
 from volo.config import Config
 from volo.data.pixels.transforms import Backend, EvalTransform
 from volo.data.sources.folders import folder_layout, scan_class_folders
@@ -18,14 +18,13 @@ from volo.data.sources.formats import open_split
 from volo.data.sources.listing_cache import ListingCache
 from volo.data.sources.records import ImageRecords, class_names, imagenet_classes
 from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
-from volo.engine.learner import build_model
-from volo.engine.precision import Precision
 from volo.models import load_checkpoint
 from volo.models.weights import LoadReport, read_checkpoint
 from volo.published_results import published_top1
 from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
 from volo.runtime.distributed import World
+from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, UsageError, checking_usage
 from volo.runtime.rng import torch_seed
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volo.build import BatchLayout, require_shared_memory
+from volo.build import require_shared_memory
 from volo.data import shared_memory
 from volo.data.shared_memory import ReadAhead, lacking_room
 from volo.data.sources.base import FolderSource, PackedNames
 from volo.data.sources.records import ImageRecords
+from volo.engine.batch_layout import BatchLayout
 
 MB = 10**6
 

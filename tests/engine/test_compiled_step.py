@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from volo.build import BatchLayout
+from volo.build import make_network
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World
 from volo.token_labels.published import PublishedMaps
@@ -30,7 +31,12 @@ def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geome
     learners = {}
     for compiled in (True, False):
         config = tiny_config(**sections, train={"compile": compiled, "batch_size": 6})
-        learners[compiled] = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchLayout.of(config, 1), None)
+        learners[compiled] = Learner(
+            config,
+            World(0, 1, 0, torch.device("cpu")),
+            BatchLayout.of(config, 1),
+            make_network(config, World(0, 1, 0, torch.device("cpu"))),
+        )
         learners[compiled].wrapped.train()
     for step in range(9):
         batch = make_batch(6, step)

@@ -11,9 +11,10 @@ import torch
 from processes import run_group
 from torch import nn
 
-from volo.build import BatchLayout
+from volo.build import make_network
 from volo.config import Config
 from volo.data.dataset import Batch
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World, broadcast_buffers
 
@@ -28,7 +29,8 @@ EVERYTHING_DRAWN = {
 
 
 def make_learner(config: Config, rank: int = 0, size: int = 1, state: dict | None = None) -> Learner:
-    learner = Learner(config, World(rank, size, rank, torch.device("cpu")), BatchLayout.of(config, size), state)
+    world = World(rank, size, rank, torch.device("cpu"))
+    learner = Learner(config, world, BatchLayout.of(config, size), make_network(config, world, state), state)
     learner.wrapped.train()
     return learner
 
@@ -40,7 +42,7 @@ def chunk(batch: Batch, index: int, size: int) -> Batch:
 
 def train(learner: Learner, batches: list[Batch], lr: float = 0.1, first: int = 0) -> dict:
     """Take one step on each of the global ``batches``; return weights, average, losses and gradient norms."""
-    plan, rank = learner.plan, learner.world.rank
+    plan, rank = learner.layout, learner.world.rank
     losses, norms = [], []
     for step, batch in enumerate(batches, start=first):
         for micro in range(plan.micro_batches):
@@ -250,8 +252,8 @@ def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[B
     passes = replace(config, train=replace(config.train, device_batch_size=2))
     learner = make_learner(passes, rank, size)
     results["gradients"] = []
-    for micro in range(learner.plan.micro_batches):
-        mine = chunk(batches[0], micro * size + rank, learner.plan.micro_size)
+    for micro in range(learner.layout.micro_batches):
+        mine = chunk(batches[0], micro * size + rank, learner.layout.micro_size)
         learner.forward_backward(mine, 0, 0, micro)
         results["gradients"].append({name: p.grad.clone() for name, p in learner.model.named_parameters()})
     learner.update(0.1, 0)

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from volo.build import BatchLayout
+from volo.build import make_network
 from volo.config import Config
 from volo.data.dataset import Batch
 from volo.data.mixing import draw_mix_token_box
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Inputs, Learner
 from volo.runtime.distributed import World
 from volo.runtime.rng import generator
@@ -65,7 +66,12 @@ def make_learner(tiny_config):
             mix={"mix_token": False} | (mix or {}),
             **sections,
         )
-        learner = Learner(config, World(0, 1, 0, torch.device("cpu")), BatchLayout.of(config, 1), None)
+        learner = Learner(
+            config,
+            World(0, 1, 0, torch.device("cpu")),
+            BatchLayout.of(config, 1),
+            make_network(config, World(0, 1, 0, torch.device("cpu"))),
+        )
         assert learner.grid == (GRID, GRID)
         return learner
 

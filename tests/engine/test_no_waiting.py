@@ -7,8 +7,9 @@ Run on PyTorch's meta device, whose tensors have shapes and no values: whatever 
 import pytest
 import torch
 
-from volo.build import BatchLayout
+from volo.build import make_network
 from volo.config import Config
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World
 from volo.token_labels.published import PublishedMaps
@@ -46,9 +47,11 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     # Fused AdamW has no code for this device.
     sections = {"optim": {"name": "momentum"}, "model": {"drop_path_rate": 0.2}} | sections
     config: Config = tiny_config(**sections)
-    learner = Learner(config, World(0, 1, 0, META), BatchLayout.of(config, 1), None)
+    learner = Learner(
+        config, World(0, 1, 0, META), BatchLayout.of(config, 1), make_network(config, World(0, 1, 0, META))
+    )
     learner.wrapped.train()
-    size = learner.plan.micro_size
+    size = learner.layout.micro_size
     batch = make_batch(size)
     batch.erase_boxes.zero_()  # erasing fills boxes with a generator of the device
     if config.token_label.geometry == "published":
@@ -57,7 +60,7 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     elif config.token_label.root:
         batch.sidecar = make_label_maps(size, learner.grid[0] * learner.grid[1])
     for step in range(3):
-        for micro in range(learner.plan.micro_batches):
+        for micro in range(learner.layout.micro_batches):
             loss = learner.forward_backward(batch, 0, step, micro).total
         norm = learner.update(1e-3, step)
     assert (loss.device, norm.device) == (META, META)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from volo.models.weights import UnreadableCheckpoint, read_checkpoint
+from volo.runtime.errors import Failure
 from volo.runtime.files import sync_folder
 
 _logger = logging.getLogger("volo")
@@ -47,7 +48,7 @@ class TrainState:
             setattr(self, name, value)
 
 
-class SaveError(Exception):
+class SaveError(Failure):
     """A checkpoint could not be written; those written before are intact."""
 
 

@@ -14,32 +14,20 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from volo.build import BatchLayout
-from volo.config import Config, ModelConfig
+from volo.config import Config
 from volo.data.dataset import Batch
 from volo.data.mixing import apply_mix, draw_mix, draw_mix_token_box, soft_targets
 from volo.data.normalise import normalise_and_erase
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
-from volo.engine.precision import Precision, apex_initialise, require_apex_amp
 from volo.losses import LossTerms, TokenLabelLoss
-from volo.models import create_model, load_checkpoint
 from volo.runtime import distributed
 from volo.runtime.distributed import World
+from volo.runtime.precision import Precision, apex_initialise, require_apex_amp
 from volo.runtime.rng import generator, torch_seed
 from volo.token_labels.targets import ClassTargets, Targets
 
 _logger = logging.getLogger("volo")
-
-
-def build_model(config: ModelConfig) -> nn.Module:
-    """Return the network of ``config`` with fresh weights; ValueError names an option that does not fit."""
-    return create_model(
-        config.name,
-        img_size=config.image_hw,
-        num_classes=config.num_classes,
-        drop_path_rate=config.drop_path_rate,
-        **config.architecture,
-    )
 
 
 class Inputs(NamedTuple):
@@ -59,11 +47,19 @@ class Inputs(NamedTuple):
 class Learner:
     """Network, loss, optimizer, gradient scaler and weight average of one process."""
 
-    def __init__(self, config: Config, world: World, plan: BatchLayout, state: dict | None):
-        """Build everything; with ``state``, a checkpoint of this run, go on from there."""
-        self.config, self.world, self.plan = config, world, plan
+    def __init__(self, config: Config, world: World, layout: BatchLayout, model: nn.Module, state: dict | None = None):
+        """Build what trains ``model``; ``state`` is a checkpoint of this run to resume from.
+
+        Args:
+            config: The options.
+            world: This process.
+            layout: How the batch is spread.
+            model: The network on its device, equal on all ranks (volo.build.make_network).
+            state: The checkpoint, whose weights ``model`` already has; or None.
+        """
+        self.config, self.world, self.layout = config, world, layout
         self.precision = Precision.resolve(config.train.precision, world.device)
-        self.model = self._make_model(state)
+        self.model = model
         self.kernel = self.model.set_kernel(config.train.kernel)
         self.grid = self.model.grid_size
         labels = config.token_label
@@ -93,34 +89,6 @@ class Learner:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
 
-    def _make_model(self, state: dict | None) -> nn.Module:
-        config = self.config
-        torch.manual_seed(torch_seed(config.train.seed, "initialise"))
-        model = build_model(config.model)
-        if state is not None:
-            model.load_state_dict(state["state_dict"])
-        trained_heads = state is not None
-        if state is None and config.model.checkpoint:
-            report = load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)
-            trained_heads = not report.dropped_heads
-        if config.loss.dense_weight == 0 and model.aux_head is not None:
-            # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
-            model.aux_head.requires_grad_(False)
-            if not trained_heads:
-                for parameter in model.aux_head.parameters():
-                    nn.init.zeros_(parameter)  # evaluation adds half of its largest logits: noise, if it were random
-            _logger.warning(
-                "loss.dense_weight is 0: the token head keeps the weights of the checkpoint, or says nothing where it "
-                "is new; model.return_dense false (with mix.mix_token false) makes a network without it"
-            )
-        if config.train.sync_bn and self.world.size > 1:
-            if self.world.device.type == "cpu":
-                raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model.set_recompute(config.train.recompute)
-        memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
-        return model.to(self.world.device, memory_format=memory_format)
-
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
             return model
@@ -129,7 +97,7 @@ class Learner:
         on_cpu = self.world.device.type == "cpu"
         devices = None if on_cpu else [self.world.device.index]
         # Every step uses the same parameters; but a pass without an exchange must not come first in a static graph.
-        static = self.plan.micro_batches == 1 and not self.config.train.compile
+        static = self.layout.micro_batches == 1 and not self.config.train.compile
         wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static)
         if on_cpu:
             wrapped.register_comm_hook(None, distributed.average_in_rank_order)
@@ -138,7 +106,7 @@ class Learner:
     def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
         """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
         images, targets, mix_box = self.inputs(batch, epoch, step, micro)
-        last = micro == self.plan.micro_batches - 1
+        last = micro == self.layout.micro_batches - 1
         position = (epoch, step, micro * self.world.size + self.world.rank)
         torch.manual_seed(torch_seed(self.config.train.seed, "forward", *position))  # dropout and drop path
         # Gradients travel between processes once a step, with the last pass.
@@ -146,7 +114,7 @@ class Learner:
             with self.precision.autocast():
                 output = self.wrapped(images, mix_box)
             terms = self.loss_terms(output, targets, mix_box)
-            self._backward(terms.total / self.plan.micro_batches)
+            self._backward(terms.total / self.layout.micro_batches)
         return terms
 
     def inputs(self, batch: Batch, epoch: int, step: int, micro: int) -> Inputs:

@@ -11,18 +11,11 @@ import math
 
 from torch import nn
 
-from volo.build import (
-    BatchLayout,
-    RunFolder,
-    Splits,
-    git_revision,
-    make_eval_loader,
-    make_train_loader,
-    open_token_labels,
-)
 from volo.cli import config_to_dict
 from volo.config import Config
+from volo.data.loader import EvalLoader, TrainLoader
 from volo.data.pixels.decode import UnreadableImage
+from volo.data.sources.records import Splits
 from volo.engine.bottleneck import LoaderVerdict
 from volo.engine.checkpoint import TrainState
 from volo.engine.evaluate import Accuracy, evaluate
@@ -30,6 +23,7 @@ from volo.engine.learner import Learner
 from volo.engine.meters import Window
 from volo.engine.optim import learning_rate
 from volo.engine.preview import batch_picture
+from volo.engine.run_folder import RunFolder, git_revision
 from volo.reporting import MetricsWriter, ProgressBar
 from volo.runtime import distributed
 from volo.runtime.distributed import World, processes_here, usable_cores, worker_count
@@ -45,16 +39,28 @@ class NonFiniteLoss(ArithmeticError):
 class Trainer:
     """One process's part in a training run."""
 
-    def __init__(self, config: Config, world: World, run: RunFolder, splits: Splits, state: dict | None):
-        """Set everything up; ``state`` is the checkpoint to go on from, or None."""
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        run: RunFolder,
+        splits: Splits,
+        learner: Learner,
+        loader: TrainLoader,
+        val_loader: EvalLoader | None,
+        state: dict | None,
+    ):
+        """Set up the run of ``learner`` on the batches of ``loader``.
+
+        ``val_loader`` gives this rank's share of the evaluation, None if nothing is evaluated; ``state`` is the
+        checkpoint to resume from, or None.
+        """
         self.config, self.world, self.run, self.splits = config, world, run, splits
-        self.plan = BatchLayout.of(config, world.size)
+        self.learner, self.loader, self.val_loader = learner, loader, val_loader
+        self.layout = learner.layout
         self.progress = TrainState()
         if state is not None:
             self.progress.load_state_dict(state["progress"])
-        self.learner = Learner(config, world, self.plan, state)
-        self.token_labels = open_token_labels(config, splits, self.learner.grid, world.is_main)
-        self.loader = make_train_loader(config, splits.train, world, self.plan, self.token_labels)
         self.failures: list[str] = []
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.writer = MetricsWriter(run.path, enabled=world.is_main)
@@ -110,14 +116,14 @@ class Trainer:
         stopping = False
         while progress.step < self.steps_per_epoch and not stopping:
             lr = self._learning_rate(progress.global_step)
-            for micro in range(self.plan.micro_batches):
+            for micro in range(self.layout.micro_batches):
                 with self.window.waiting():
                     batch = next(batches)
                 self.failures += batch.failures
                 terms = self.learner.forward_backward(batch, progress.epoch, progress.step, micro)
                 self.window.add_losses(terms, progress.global_step)
             self.window.grad_norm = self.learner.update(lr, progress.global_step)
-            self.window.count_images(self.plan.global_size)
+            self.window.count_images(self.layout.global_size)
 
             progress.step += 1
             progress.global_step += 1
@@ -156,7 +162,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate raw and average weights; return False where a signal stopped it on the way."""
         progress, learner = self.progress, self.learner
-        if self.splits.val is None:
+        if self.val_loader is None:
             return True
         models = {"val": learner.model}
         if learner.ema is not None:
@@ -186,7 +192,7 @@ class Trainer:
         distributed.broadcast_buffers(model)
         evaluation = evaluate(
             model,
-            make_eval_loader(config, self.splits.val, world),
+            self.val_loader,
             world.device,
             config.augment.mean,
             config.augment.std,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from volo.models.architecture import ARCHITECTURES
 from volo.models.volo import VOLO
+from volo.runtime.errors import UnusableFile
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _HEADS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
 _REFUSALS = ("GLOBAL", "Trying to call reduce", "Can only create new object", "Can only build Tensor")
 
 
-class UnreadableCheckpoint(ValueError):
+class UnreadableCheckpoint(UnusableFile):
     """A file that is empty, truncated, corrupt or refused; whatever the options, it cannot be used."""
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from volo.engine.checkpoint import SaveError
-from volo.models.weights import UnreadableCheckpoint
 from volo.runtime import distributed
+from volo.runtime.errors import Failure, UnusableFile
 from volo.runtime.exit_codes import DONE, FAILED, STOPPED, USAGE, leave_for_launcher
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +35,7 @@ def checking_usage():
     """
     try:
         yield
-    except UnreadableCheckpoint:
+    except UnusableFile:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -62,7 +61,7 @@ def finish(body: Callable[[], int]) -> None:
         code = FAILED
     except UsageError as error:
         code = _fail(str(error), USAGE)
-    except (ValueError, SaveError, ArithmeticError, distributed.RendezvousFailed) as error:
+    except (ValueError, Failure, ArithmeticError, distributed.RendezvousFailed) as error:
         code = _fail(str(error), FAILED)  # expected failures, which explain themselves
     except KeyboardInterrupt:
         code = _fail("interrupted before a checkpoint could be saved", FAILED)

@@ -62,6 +62,15 @@ class ImageRecords:
         return self.source.location(index)
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The training images, the validation images (None where there is nothing to evaluate), the classes."""
+
+    train: ImageRecords
+    val: ImageRecords | None
+    classes: tuple[str, ...]
+
+
 class Split(ABC):
     """The training or validation images before anyone has said which classes count, in whatever they are stored.
 

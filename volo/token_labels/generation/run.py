@@ -20,11 +20,11 @@ import torch
 
 from volo.data.sources.records import ImageRecords
 from volo.data.workers import WorkerFailed
-from volo.engine.precision import Precision
 from volo.models import read_checkpoint
 from volo.reporting import ProgressBar, setup_logging
 from volo.runtime import distributed
 from volo.runtime.distributed import World, worker_count
+from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
 from volo.runtime.signals import StopRequest
 from volo.token_labels.generation.label_blocks import BlockFolder

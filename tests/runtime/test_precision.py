@@ -5,17 +5,18 @@ import sys
 import pytest
 import torch
 
-from volo.build import BatchLayout
+from volo.build import make_network
 from volo.config import Config
+from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
-from volo.engine.precision import Precision
 from volo.runtime.distributed import World
+from volo.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 
 
 def make_learner(config: Config) -> Learner:
-    learner = Learner(config, World(0, 1, 0, CPU), BatchLayout.of(config, 1), None)
+    learner = Learner(config, World(0, 1, 0, CPU), BatchLayout.of(config, 1), make_network(config, World(0, 1, 0, CPU)))
     learner.wrapped.train()
     return learner
 

@@ -1,0 +1,153 @@
+"""The folder of a run, and what a run that resumes there must have in common with the one before."""
+
+import logging
+import subprocess
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from volo.cli import config_to_dict, save_config
+from volo.config import Config, ModelConfig
+from volo.data.sources.records import Splits
+from volo.engine.checkpoint import CheckpointFolder, read_own_checkpoint
+
+_logger = logging.getLogger("volo")
+
+
+def default_name(config: Config) -> str:
+    height, width = config.model.image_hw
+    return f"{config.model.name}_{height}" + ("" if height == width else f"x{width}")
+
+
+class RunFolder:
+    """The folder of one run: config.yaml, log.txt, metrics.csv, TensorBoard events, checkpoints, curves.png."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.train.output) / (config.train.name or default_name(config))
+        self.checkpoints = CheckpointFolder(self.path, config.train.keep_checkpoints)
+        self.curves = self.path / "curves.png"
+        self.metrics = self.path / "metrics.csv"
+
+    def create(self) -> None:
+        """Make the folder; ValueError where it cannot be written to."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"run folder {self.path} cannot be written to ({error}); set train.output") from error
+
+    def find_checkpoint(self, config: Config) -> tuple[Path, dict] | None:
+        """Return the checkpoint to go on from, by ``train.resume``; None for a fresh start.
+
+        Raises ValueError where the folder holds a finished run, or one that must not be touched.
+        """
+        if config.train.resume not in ("auto", "never"):
+            path = Path(config.train.resume)
+            found = path, read_own_checkpoint(path)
+            if path.resolve().parent != self.path.resolve():
+                # The best of another folder is not here: best.pt is the best of what this one sees.
+                found[1]["progress"].update(best_top1=-1.0, best_epoch=-1)
+        elif config.train.resume == "never":
+            if self.checkpoints.exists():
+                raise ValueError(
+                    f"run folder {self.path} already holds checkpoints, and train.resume is 'never': choose another "
+                    "train.name, or train.resume auto to go on"
+                )
+            return None
+        else:
+            found = self.checkpoints.newest_valid()
+            if found is None:
+                return None
+        path, state = found
+        done, total = state["progress"]["epoch"], config.schedule.total_epochs
+        if done >= total and state["progress"]["closed_epochs"] >= done:
+            if path.resolve().parent != self.path.resolve():
+                raise ValueError(f"train.resume {path} is of a finished run ({done} of {total} epochs)")
+            raise ValueError(
+                f"run folder {self.path} already holds a finished run ({done} of {total} epochs, best top-1 "
+                f"{state['progress']['best_top1']:.2f} %); nothing was changed. Choose another train.name for a new "
+                "run, or evaluate it: validate.py --checkpoint " + str(self.checkpoints.best)
+            )
+        check_same_run(state["config"], config)
+        return found
+
+    def write_config(self, config: Config) -> None:
+        save_config(config, self.path / "config.yaml")
+
+
+# Changing these in the middle of a run would make it neither the old run nor a new one.
+_MODEL_MAY_CHANGE = ("checkpoint", "checkpoint_ema", "drop_path_rate", "drop_rate", "attn_drop_rate")
+_FIXED_IN_A_RUN = (
+    *(("model", f.name) for f in fields(ModelConfig) if f.name not in _MODEL_MAY_CHANGE),
+    *(("train", name) for name in ("batch_size", "seed")),
+    ("optim", "name"),
+    ("ema", "enabled"),
+)
+# Where things are kept, and whether they are looked up anew: what a run sees stays the same.
+_NOT_OF_THE_RUN = (
+    *(("train", name) for name in ("resume", "output", "name")),
+    *(("data", name) for name in ("cache", "relist")),
+)
+
+
+def check_same_run(saved: dict, config: Config) -> None:
+    """Report every option that differs from the checkpoint's; ValueError where it may not differ."""
+    forbidden, allowed = [], []
+    for section, options in config_to_dict(config).items():
+        for name, value in options.items():
+            old = saved.get(section, {}).get(name)
+            if old == value or (section, name) in _NOT_OF_THE_RUN:
+                continue
+            changes = forbidden if (section, name) in _FIXED_IN_A_RUN else allowed
+            changes.append(f"{section}.{name} was {old} and is now {value}")
+    if forbidden:
+        raise ValueError(
+            "the checkpoint is of a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
+            "another train.name for a new run"
+        )
+    for change in allowed:
+        _logger.warning("resuming with a change: %s", change)
+
+
+def check_same_images(state: dict, splits: Splits, batch_size: int) -> None:
+    """Raise ValueError where a run cannot go on with the images that are there now.
+
+    With other classes the labels would mean something else; with another number of steps an epoch, the position.
+    A few images more or fewer are reported.
+    """
+    if "classes" in state and tuple(state["classes"]) != splits.classes:
+        raise ValueError(
+            f"the checkpoint is of a run on other classes ({_ends(state['classes'])}; now {_ends(splits.classes)}): "
+            "check data.root and data.class_list, or choose another train.name for a new run"
+        )
+    before, now = state.get("train_images"), len(splits.train)
+    if before not in (None, now):
+        told = f"the checkpoint is of a run on {before:,} training images, and {now:,} are there now"
+        if before // batch_size != now // batch_size:
+            raise ValueError(
+                f"{told}: an epoch would have another number of steps. Put them back as they were, or start a new run "
+                "(another train.name) from these weights (model.checkpoint)"
+            )
+        _logger.warning("%s: the run goes on, in another order than it would have taken", told)
+    elif state.get("train_labels") not in (None, splits.train.labels_digest()):
+        _logger.warning("resuming with a change: some of the training images have other labels than before")
+
+
+def _ends(classes: Sequence[str]) -> str:
+    return f"{len(classes)} from {classes[0]!r} to {classes[-1]!r}"
+
+
+def git_revision() -> str:
+    """Return the revision of this code, with "+changes" where the working tree differs; "unknown" outside git."""
+    here = Path(__file__).parent
+    try:
+        revision = _git(here, "rev-parse", "--short=12", "HEAD")
+        return revision + ("+changes" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
