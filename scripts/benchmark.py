@@ -25,23 +25,21 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import benchmark_memory  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from benchmark_memory import batches, kept_bytes, summed  # noqa: E402
-from benchmark_output import cpu_name, print_table, show_progress  # noqa: E402
-from benchmark_profile import profiled  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import benchmark_memory
+import timm
+import torch
+import torch.nn.functional as F
+from benchmark_memory import batches, kept_bytes, summed
+from benchmark_output import cpu_name, print_table, show_progress
+from benchmark_profile import profiled
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode
 
-from volo.models import create_model, list_models  # noqa: E402
-from volo.models.blocks import OutlookAttention  # noqa: E402
-from volo.models.checkpointing import Recompute  # noqa: E402
-from volo.published_results import all_published  # noqa: E402
+from volo.models import create_model, list_models
+from volo.models.blocks import OutlookAttention
+from volo.models.checkpointing import Recompute
+from volo.published_results import all_published
 
 OURS, OURS_COMPILED, TIMM, TIMM_COMPILED = "ours", "ours compiled", "timm eager", "timm compiled"
 VIT, PRODUCTS = "ViT-S (timm)", "products alone"

@@ -10,9 +10,6 @@ stopped or killed, the same command goes on where it was.
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from volo.cli import RecipeParser
 from volo.token_labels.generation.options import GenerateOptions

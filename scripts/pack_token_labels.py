@@ -9,9 +9,6 @@ folder of such files. The store appears under its name when it is whole; an inte
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -15,8 +15,6 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 EPILOG = """exit codes: 0 done, and the counts are right; 1 failed, the last line says why; 2 wrong usage, before any
 work; 75 interrupted, what is complete is kept"""
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install requirements.txt into it. Run again, it only looks whether
-# requirements.txt has changed since.
+# Make .venv in the repository root and install requirements.txt into it. Run again, it only checks whether
+# requirements.txt or pyproject.toml, which states the dependencies, has changed since.
 #
 #   bash scripts/setup.sh                     with the first Python of 3.11-3.13 found
 #   PYTHON=python3.12 bash scripts/setup.sh   with this one (for a .venv that is not there yet)
@@ -49,7 +49,8 @@ fi
 is_supported .venv/bin/python || fail ".venv has no working Python 3.11-3.13; move .venv away and run this again"
 
 # --- Requirements. The copy is written last: an interrupted installation is taken up again.
-if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+wanted=$(cat requirements.txt pyproject.toml)
+if [ "$wanted" != "$(cat .venv/installed-requirements.txt 2>/dev/null)" ]; then
     echo "Installing requirements.txt (PyTorch among them: a few GB, some minutes)"
     # pip is missing where another tool made .venv, or where the making was interrupted.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
@@ -60,6 +61,6 @@ if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
                 Installing) echo "  unpacking ..." ;;
             esac
         done
-    cp requirements.txt .venv/installed-requirements.txt
+    printf '%s\n' "$wanted" >.venv/installed-requirements.txt
     echo "Installed. To use it in this shell: source .venv/bin/activate"
 fi

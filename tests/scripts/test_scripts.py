@@ -420,6 +420,7 @@ class SetUp:
         (self.root / "scripts").mkdir(parents=True)
         shutil.copy(ROOT / "scripts/setup.sh", self.root / "scripts")
         (self.root / "requirements.txt").write_text("something>=1\n")
+        (self.root / "pyproject.toml").write_text("# dependencies\n")
         self.bin = folder / "bin"
         for name in ("python3", "python3.13", "python3.12", "python3.11", "python3.10"):
             program(self.bin / name, FAKE_PYTHON)
@@ -453,6 +454,13 @@ def test_set_up_installs_again_when_the_requirements_changed(set_up):
     (set_up.root / "requirements.txt").write_text("something>=2\n")
     assert set_up().returncode == 0
     assert set_up.done() == ["venv python3", "install something>=1", "install something>=2"]
+
+
+def test_set_up_installs_again_when_the_dependencies_changed(set_up):
+    set_up()
+    (set_up.root / "pyproject.toml").write_text("# other dependencies\n")
+    assert set_up().returncode == 0
+    assert set_up.done() == ["venv python3", "install something>=1", "install something>=1"]
 
 
 def test_set_up_goes_on_after_an_installation_that_failed(set_up):
