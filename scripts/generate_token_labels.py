@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 scripts/generate_token_labels.py ...
 
 Any model of timm is a teacher, and any VOLO of ours. The labels become one store, which training reads as it is;
-stopped or killed, the same command goes on where it was.
+after a stop or a kill, the same command resumes.
 """
 
 import sys

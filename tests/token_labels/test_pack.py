@@ -249,9 +249,9 @@ def test_a_full_disk_is_a_plain_failure(source, monkeypatch):
 
 def test_command_line_mistakes(tmp_path):
     for words, told in (
-        ([], "--source, --output"),
-        (["--source", "x", "--output", "y", "--covers", "crop"], "--covers: invalid choice: 'crop'"),
-        (["--source", "x", "--output", "y", "--over", "true"], "unrecognized arguments: --over true"),
+        ([], "source, output"),
+        (["--source", "x", "--output", "y", "--covers", "crop"], "crop"),
+        (["--source", "x", "--output", "y", "--over", "true"], "--over"),
     ):
         code, lines = Program(*words).end()
         assert code == 2 and told in lines[-1], lines
@@ -296,7 +296,7 @@ def test_killed_program_leaves_nothing_that_opens(source, stuck, capsys):
     (source / f"{STUCK}.pt").unlink()
     save(source, {STUCK: LABELS[STUCK]})
     assert_holds(pack(source), LABELS)
-    assert "bytes left by an interrupted packing, is written anew" in capsys.readouterr().out
+    assert "bytes left by an interrupted packing, is written again" in capsys.readouterr().out
     assert {p.name for p in parent.iterdir()} == {"labels", "store"}
 
 

@@ -34,7 +34,7 @@ def check_covers(
         labels: The labels.
         keys: :func:`volo.token_labels.label_key` of each image.
         num_classes: Classes of the data set.
-        classes: Their names in index order; None where they are not known.
+        classes: Their names in index order; None if they are not known.
 
     Raises:
         ValueError: Another number or order of classes, images without a label, or images of one key.
@@ -73,7 +73,7 @@ def check_covers(
 
 
 def check_orientation(labels: TokenLabelStore | PublishedLabels, exif: str) -> None:
-    """Raise ValueError where the teacher saw images turned in another way than the training will.
+    """Raise ValueError if the teacher saw images turned in another way than the training will.
 
     Args:
         exif: "ignore" or "apply", what the training does with orientation tags.
@@ -84,7 +84,7 @@ def check_orientation(labels: TokenLabelStore | PublishedLabels, exif: str) -> N
     remedy = f"set --data.exif {made}, or generate labels with --exif {exif}"
     if isinstance(labels, PublishedLabels):
         remedy = (
-            "the published layout cannot say otherwise: set --data.exif ignore, or, where its teacher did turn them, "
+            "the published layout cannot say otherwise: set --data.exif ignore, or, if its teacher did turn them, "
             "say so with scripts/pack_token_labels.py --exif apply"
         )
     raise ValueError(

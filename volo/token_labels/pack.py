@@ -6,7 +6,6 @@ the size of a label map in cells.
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from volo.data.sources.base import PackedNames
@@ -15,42 +14,12 @@ from volo.reporting import ProgressBar, setup_logging
 from volo.runtime.program import DONE, checking_usage, with_options_of
 from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import check_covers
+from volo.token_labels.pack_options import PackOptions
 from volo.token_labels.pt_folder import PublishedLabels, files_below
 from volo.token_labels.store import label_key
 from volo.token_labels.writer import StoreWriter
 
 _logger = logging.getLogger("volo")
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """What to pack, and what the label files do not say about themselves.
-
-    Args:
-        source: Folder of the label files.
-        output: Store to write.
-        teacher, covers, exif: As in :class:`volo.token_labels.StoreHeader`.
-        num_classes: Classes of the teacher; None takes the length of the class list.
-        class_list: "imagenet", or a text file with one class name a line; None is "imagenet" where num_classes is
-            not given either, and otherwise no names.
-        images: The images that the labels are for, in a folder, an archive or shards; each must have a label. None
-            leaves that unchecked.
-        labels: Labels file of these images, as ``data.train_labels``.
-        cache: As ``data.cache``.
-        overwrite: Replace a store that is there already.
-    """
-
-    source: str
-    output: str
-    teacher: str = "published"
-    covers: str = "center_crop"
-    exif: str = "ignore"
-    num_classes: int | None = None
-    class_list: str | None = None
-    images: str | None = None
-    labels: str | None = None
-    cache: str = "auto"
-    overwrite: bool = False
 
 
 def run_packing(options: PackOptions) -> int:

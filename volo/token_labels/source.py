@@ -62,12 +62,12 @@ class LabelSource:
         self._map_hw = self.labels.map_hw(self.entries) if self._rules.ONE_SIZE else None
 
     def try_files(self, on_error: str) -> None:
-        """Read label files of the published layout: all of them where they are few, else some from all over.
+        """Read label files of the published layout: all of them if they are few, else a sample.
 
         A packed store needs nothing of the kind: its maps were checked when they were packed.
 
         Args:
-            on_error: "fail", or "skip" to go on where less than half of the files are damaged.
+            on_error: "fail", or "skip" to continue if fewer than half of the files are damaged.
 
         Raises:
             ValueError: There are damaged files; it names the first.
@@ -85,7 +85,7 @@ class LabelSource:
         told = f"{len(damaged):,} of {len(tried):,} label files that were tried are damaged"
         if on_error == "fail" or 2 * len(damaged) >= len(tried):
             raise ValueError(f"{told}: {damaged[0]} (scripts/pack_token_labels.py checks every file)")
-        _logger.warning("%s; data.on_error is skip, so other images take the place of theirs:", told)
+        _logger.warning("%s; data.on_error is skip, so other images replace theirs:", told)
         for reason in damaged[:10]:
             _logger.warning("  %s", reason)
 

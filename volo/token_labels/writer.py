@@ -1,6 +1,6 @@
 """Writing a packed store, so that at any moment there is a whole store under its name or none.
 
-k top scores a cell, h x w cells of a label map. The files are written into a hidden folder beside the store,
+k top scores per cell, h x w cells of a label map. The files are written into a hidden folder beside the store,
 ``.<name>.partial``, which gets the store's name when all of it is on disk.
 """
 
@@ -111,7 +111,7 @@ class StoreWriter:
         self._files["keys.bin"].write(encoded)
 
     def close(self) -> None:
-        """Write index and header, and give the store its name; ValueError where nothing was added."""
+        """Write index and header, and give the store its name; ValueError if nothing was added."""
         if not self._keys:
             self.abort()
             raise ValueError(f"{self.path}: not a single label was added, so there is nothing to store")
@@ -159,7 +159,7 @@ class StoreWriter:
             raise
         if leftover := sorted(self._partial.iterdir()):
             size = sum(file.stat().st_size for file in leftover)
-            _logger.warning("%s, %s bytes left by an interrupted packing, is written anew", self._partial, f"{size:,}")
+            _logger.warning("%s, %s bytes left by an interrupted packing, is written again", self._partial, f"{size:,}")
             for file in leftover:
                 file.unlink()
         if self._replaced.exists():

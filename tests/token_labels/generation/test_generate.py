@@ -552,7 +552,7 @@ def test_an_output_that_is_there_is_not_touched(images, cnn, tmp_path):
         run_generation(options(images, tmp_path / "labels", "timm:test_resnet", cnn))
     (tmp_path / "other.parts").mkdir()
     (tmp_path / "other.parts" / "mine").write_text("mine")
-    with pytest.raises(UsageError, match="is in the way"):
+    with pytest.raises(UsageError, match="not left by an earlier run"):
         run_generation(options(images, tmp_path / "other", "timm:test_resnet", cnn))
     assert (tmp_path / "labels/mine").exists() and (tmp_path / "other.parts/mine").exists()
 

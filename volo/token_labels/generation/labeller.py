@@ -1,6 +1,6 @@
 """The work itself: images to the teacher, its best classes of each cell back.
 
-B images of H x W pixels, C classes, k top scores a cell, h x w cells of a map.
+B images of H x W pixels, C classes, k top scores per cell, h x w cells of a map.
 """
 
 from collections.abc import Callable, Iterable

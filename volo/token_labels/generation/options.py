@@ -11,34 +11,35 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to label, by whom, and where to.
+    """What to label, by which teacher, and where the labels go.
 
     Args:
-        images: Folder with one folder of images a class, such as the train folder of ImageNet; or what training reads
+        images: Folder with one folder of images per class, such as the train folder of ImageNet; or what training reads
             instead: a tar archive, shards ("train-{000..146}.tar", a folder of them, a URL).
-        output: Where the labels go. What is done already waits in OUTPUT.parts until all of it is there.
+        output: Where the labels go. Finished blocks wait in OUTPUT.parts until all of them are there.
         teacher: timm:NAME for a model of timm, or one of our own (volo_d1 ... volo_d5, volo_tiny, volo_nano).
         teacher_checkpoint: Weights of the teacher; without it a timm teacher takes its pretrained weights.
-        weights: Which weights of that file; auto takes what chose the best checkpoint for our files, raw for others.
-        random_weights: An untrained teacher, to try the way out; its labels say nothing.
+        weights: Which weights of that file; auto takes those that chose the best checkpoint in files
+            of train.py, raw in others.
+        random_weights: Use an untrained teacher, to try the command; its labels say nothing.
         labels: Labels of images that are not sorted into classes, as data.train_labels of the training.
         class_list: Class names in index order: "folders" (sorted folders of images), "imagenet" (the 1,000 ILSVRC2012
-            synsets) or a text file, one name a line.
+            synsets) or a text file, one name per line.
         covers: "whole_image": the whole image is resized to the teacher's input, without a crop, so that the map
             covers what training takes it to cover. A convolutional teacher gets the image in its own aspect ratio
             (up to 4:1), in about as many pixels as img_size has; a teacher with a fixed grid (VOLO, ViT) gets it
             squeezed to img_size. "center_crop": shorter side to img_size, centre crop, as the published labels.
         img_size: Side of the teacher's input in pixels, or [height, width]; by default that of its configuration
             (for timm its test size), or of the checkpoint.
-        top_k: Classes kept for each cell.
+        top_k: Classes kept per cell.
         format: "packed" writes one memory-mapped store; "published" a folder of .pt files as the published code reads.
-        batch_size: Images of one forward pass of a process.
-        block_size: Images between two saves of a process: as many may have to be done again after a kill.
-        workers: Processes that read images, for each process that labels; by default one a core, up to 8.
+        batch_size: Images per forward pass of a process.
+        block_size: Images between two saves of a process; as many may have to be labelled again after a kill.
+        workers: Processes that read images, per process that labels; by default one per core, up to 8.
         timeout_seconds: Longest wait for images from these processes (a network file system may hang for ever); 0 for
             no limit.
         precision: Arithmetic of the features; the classifier is always in fp32. auto is bf16 on CUDA, fp32 on the CPU.
-        device: auto takes CUDA where there is one.
+        device: auto takes CUDA if there is a GPU.
         on_error: An unreadable image: "fail" names it and stops; "skip" lists it, and it gets no label.
         exif: "ignore" orientation tags or "apply" them; as data.exif of the training.
         cache: Folder that keeps listings and indices, as data.cache of the training.

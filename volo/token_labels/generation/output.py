@@ -1,6 +1,6 @@
 """From finished blocks to what the user asked for: one packed store, or a folder of files in the published layout.
 
-k top scores a cell, h x w cells of a map.
+k top scores per cell, h x w cells of a map.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def published_name(path: str) -> str:
 
 
 def require_storable(layout: str, records: ImageRecords) -> None:
-    """Raise ValueError where labels of these images cannot be told apart, or their classes not be written down."""
+    """Raise ValueError if labels of these images cannot be told apart, or their classes cannot be stored."""
     num_classes = len(records.classes)
     if num_classes > MAX_CLASSES:
         raise ValueError(f"--class_list has {num_classes:,} classes; labels are stored for up to {MAX_CLASSES:,}")
@@ -68,7 +68,7 @@ def write_output(
 ) -> Totals | None:
     """Write what the blocks hold to the output, which gets its name when it is whole.
 
-    Returns the totals, or None where ``stop`` came between; then nothing is left of the output.
+    Returns the totals, or None if ``stop`` was requested meanwhile; then nothing is left of the output.
 
     Raises:
         ValueError: A block is damaged, or not one image has a label.
@@ -117,7 +117,7 @@ def write_packed(
 def write_published(
     options: GenerateOptions, records: ImageRecords, teacher: str, labels: Iterator[tuple[str, TokenLabelMap]]
 ) -> None:
-    """Write (image path, map) as one file an image, float16 [2, k, h, w]: scores, and class indices."""
+    """Write (image path, map) as one file per image, float16 [2, k, h, w]: scores, and class indices."""
     output = Path(options.output)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -72,7 +72,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
     remaining = distributed.on_main(folder.remaining)
     _logger.info("%s", describe(options, records, teacher, grid, precision, world))
     if done := len(folder) - len(remaining):
-        _logger.info("going on in %s: %d of %d blocks are done", folder.path, done, len(folder))
+        _logger.info("resuming in %s: %d of %d blocks are done", folder.path, done, len(folder))
 
     try:
         label_blocks(options, records, teacher, precision, world, folder, remaining, stop)
@@ -91,7 +91,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
 
 
 def find_images(options: GenerateOptions) -> ImageRecords:
-    """List the images; ValueError where they, or the place for their labels, are not as they should be."""
+    """List the images; ValueError if they, or the place for their labels, are unusable."""
     output = Path(options.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already; it is not touched: name another, or move it away")
@@ -131,7 +131,7 @@ def prepare_teacher(
 def identity(
     options: GenerateOptions, records: ImageRecords, teacher: Teacher, precision: Precision
 ) -> dict[str, str | int]:
-    """Return all that the labels depend on: what a run that goes on must have in common with the one before."""
+    """Return all that the labels depend on: what a resumed run must have in common with the one before."""
     images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
     images.update(records.labels.tobytes())
     classes = hashlib.sha256("\n".join(records.classes).encode())
@@ -260,7 +260,7 @@ def closing_words(options: GenerateOptions, totals: Totals) -> str:
 def _stopped(folder: BlockFolder) -> int:
     left = len(folder.remaining())
     _logger.info(
-        "stopped by a signal: %d of %d blocks are kept in %s; the same command goes on from there",
+        "stopped by a signal: %d of %d blocks are kept in %s; the same command resumes from there",
         len(folder) - left,
         len(folder),
         folder.path,
