@@ -3,7 +3,7 @@
 
     python docs/token_labels_picture.py
 
-No teacher that knows these things is at hand, so clusters of colour and place stand in for one.
+Clusters of colour and position stand in for a teacher.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ CELLS = (28, 42)  # of a label map: the photographs are 427 x 640
 
 
 def clusters(photo: np.ndarray, count: int) -> np.ndarray:
-    """The cluster of every cell, int [rows, columns]; the largest cluster first."""
+    """Return the cluster of every cell, int [rows, columns]; the largest cluster first."""
     cells = np.asarray(Image.fromarray(photo).resize(CELLS[::-1], Image.Resampling.BOX), dtype=float) / 255
     places = np.stack(np.mgrid[: CELLS[0], : CELLS[1]], axis=-1) / CELLS[1]
     features = np.concatenate([cells, 0.5 * places], axis=-1).reshape(-1, 5)
@@ -57,7 +57,7 @@ def main() -> None:
             "data.class_list": classes,
             "model.num_classes": len(names),
             "token_label.root": Path(folder, "labels"),
-            "token_label.covers": "aligned",
+            "token_label.geometry": "aligned",
             "augment.erase_prob": 0,
             "train.batch_size": 2,
             "images": 2,
