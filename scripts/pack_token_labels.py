@@ -9,7 +9,6 @@ folder of such files. The store gets its name once it is whole; after an interru
 
 import sys
 
-
 from volo.cli import RecipeParser
 from volo.token_labels.pack_options import PackOptions
 
