@@ -93,7 +93,7 @@ def test_what_a_resumed_run_may_change(caplog):
     assert not caplog.records
 
     with caplog.at_level(logging.WARNING, "volo"):
-        kept = replace(config.data, cache="none", relist=True)
+        kept = replace(config.data, cache="none")
         changed = replace(config, optim=replace(config.optim, lr=0.5), train=TrainConfig(output="x"), data=kept)
         check_same_run(saved, changed)
     assert [r.getMessage() for r in caplog.records] == ["resuming with a change: optim.lr was 0.0016 and is now 0.5"]

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 from functools import cache
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -287,3 +288,44 @@ def test_the_help_lists_no_option_that_is_not_there():
     listed = {name for name in help_entries() if "." in name}
     assert {f"{section}.{field}" for section, field in OPTIONS} == listed
     assert asdict(DEFAULTS).keys() == {section for section, _ in OPTIONS}
+
+
+def of_an_earlier_version() -> dict:
+    """The resolved config of a run of the time when the published code was called reference."""
+    values = config_to_dict(replace(DEFAULTS, optim=OptimConfig(lr=5e-5)))
+    values["augment"]["order"] = values["token_label"]["geometry"] = values["train"]["kernel"] = "reference"
+    values["data"]["relist"] = False
+    return values
+
+
+def test_configs_of_earlier_versions_open_with_the_names_of_today(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(of_an_earlier_version()), encoding="utf-8")
+    for config in (
+        config_of("--config", str(path)),
+        config_of(f"--config={path}"),
+        load_config(of_an_earlier_version()),
+    ):
+        assert (config.augment.order, config.token_label.geometry) == ("published", "published")
+        assert (config.train.kernel, config.optim.lr) == ("eager", 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("augment.order", "reference", "augment.order reference is now called published"),
+        ("token_label.geometry", "reference", "token_label.geometry reference is now called published"),
+        ("token_label.geometry", "reference_sparse", "reference_sparse is now called published"),
+        ("train.kernel", "reference", "train.kernel reference is now called eager"),
+        ("data.relist", "true", "That option is gone: to list the images again, remove the folder of data.cache"),
+    ],
+)
+def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, told, tmp_path, capsys):
+    section, field = option.split(".")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{section}:\n  {field}: {value}\n", encoding="utf-8")
+    for words in ([f"--{option}", value], ["--config", str(recipe)]):
+        with pytest.raises(SystemExit) as ended:
+            config_of(*words)
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from volo.config import Config
+from volo.config import REMOVED_FIELDS, RENAMED_VALUES, Config
 from volo.runtime.exit_codes import USAGE, leave_for_launcher
 
 
@@ -40,6 +40,8 @@ class RecipeParser(ArgumentParser):
             if not found:
                 return ""
             wanted = found[1]
+        if remedy := REMOVED_FIELDS.get(tuple(wanted.split("."))):
+            return f". That option is gone: {remedy}"
         if wanted == "token_label.size":  # of the published code, where it had to be typed
             return ". It follows from the network's grid (14 x 14 tokens for D1 at 224 px), whatever the maps have"
         names = self._option_names()
@@ -74,6 +76,7 @@ def parse(parser: RecipeParser, argv: list[str]) -> tuple[Config, dict]:
     try:
         for recipe in _recipes(argv):
             _check_recipe(recipe)
+        argv = [_upgraded_recipe(word) for word in argv]
         values = vars(parser.instantiate(parser.parse_args(argv)))
         sections = {f.name: values.pop(f.name) for f in fields(Config)}
         config = Config(**sections)
@@ -141,7 +144,42 @@ def _in_one_line(message: str) -> str:
         wanted = " or ".join(get_args(kind))
     else:
         wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    if new := RENAMED_VALUES.get((key[1], key[2]), {}).get(value[1].strip("'")):
+        return f"{key[1]}.{key[2]} {value[1]} is now called {new}; it takes {wanted}"
     return f"{key[1]}.{key[2]} is {value[1]}; it takes {wanted}"
+
+
+def upgraded(values: dict) -> dict:
+    """Return the sections of a config that an earlier version saved, with today's names."""
+    return {
+        section: {
+            name: RENAMED_VALUES.get((section, name), {}).get(value, value) if isinstance(value, str) else value
+            for name, value in (options or {}).items()
+            if (section, name) not in REMOVED_FIELDS
+        }
+        for section, options in values.items()
+    }
+
+
+def _upgraded_recipe(word: str) -> str:
+    """Return a word of the command line; for the config.yaml of an earlier version's run folder, its upgraded text.
+
+    Such a file has every section, which no recipe has: in a recipe an old name is an error that names the new one.
+    """
+    option, _, path = word.rpartition("=")
+    if option not in ("", "--config") or not path.endswith(".yaml") or not Path(path).is_file():
+        return word
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or not {field.name for field in fields(Config)} <= set(values):
+        return word
+    new = upgraded(values)
+    if new == values:
+        return word
+    return f"{option}={_dump(new)}" if option else _dump(new)
+
+
+def _dump(values: dict) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def config_to_dict(config: Config) -> dict:
@@ -151,7 +189,7 @@ def config_to_dict(config: Config) -> dict:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that ``--config`` reads back to an equal config."""
-    path.write_text(yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")
+    path.write_text(_dump(config_to_dict(config)), "utf-8")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -170,5 +208,5 @@ def load_config(values: dict) -> Config:
     """
     parser = build_parser("config", "")
     parser.exit_on_error = False
-    sections = vars(parser.instantiate(parser.parse_object(values)))
+    sections = vars(parser.instantiate(parser.parse_object(upgraded(values))))
     return Config(**{f.name: sections[f.name] for f in fields(Config)})

@@ -9,6 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Pair = int | list[int]
+# Values that earlier versions called otherwise, by section and field, and fields that are gone.
+RENAMED_VALUES = {
+    ("augment", "order"): {"reference": "published"},
+    ("token_label", "geometry"): {"reference": "published", "reference_sparse": "published"},
+    ("train", "kernel"): {"reference": "eager"},
+}
+REMOVED_FIELDS = {("data", "relist"): "to list the images again, remove the folder of data.cache, or set it to none"}
 # The fields of ModelConfig that are not fields of the architecture.
 _NOT_ARCHITECTURE = ("name", "img_size", "num_classes", "drop_path_rate", "checkpoint", "checkpoint_ema")
 
@@ -121,7 +128,6 @@ class DataConfig:
         cache: Folder that keeps listings of folders and indices of archives, so that a million files are listed
             once; "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" keeps none. A listing is made again where a
             folder has changed since.
-        relist: List the images anew, whatever is kept.
     """
 
     root: str = "data/imagenet"
@@ -136,7 +142,6 @@ class DataConfig:
     timeout_seconds: float = 600.0
     exif: Literal["ignore", "apply"] = "ignore"
     cache: str = "auto"
-    relist: bool = False
 
     def __post_init__(self):
         _require(self.workers is None or self.workers >= 0, f"data.workers is {self.workers}; 0 or more")

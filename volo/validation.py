@@ -150,7 +150,7 @@ def find_datasets(config: Config, options: ValidationOptions, classes: tuple[str
         raise ValueError(
             "--real counts with labels of the 1,000 ImageNet classes, and the network's classes are not these synsets"
         )
-    listing_cache = ListingCache.of(config.data.cache, config.data.relist)
+    listing_cache = ListingCache.of(config.data.cache)
     datasets = []
     if config.data.val_split != "none":
         records = open_split(config.data, "val").records(classes)

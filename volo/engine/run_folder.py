@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from volo.cli import config_to_dict, save_config
+from volo.cli import config_to_dict, save_config, upgraded
 from volo.config import Config, ModelConfig
 from volo.data.sources.records import Splits
 from volo.engine.checkpoint import CheckpointFolder, read_own_checkpoint
@@ -85,16 +85,17 @@ _FIXED_IN_A_RUN = (
     ("optim", "name"),
     ("ema", "enabled"),
 )
-# Where things are kept, and whether they are looked up anew: what a run sees stays the same.
+# Where things are kept: what a run sees stays the same.
 _NOT_OF_THE_RUN = (
     *(("train", name) for name in ("resume", "output", "name")),
-    *(("data", name) for name in ("cache", "relist")),
+    ("data", "cache"),
 )
 
 
 def check_same_run(saved: dict, config: Config) -> None:
     """Report every option that differs from the checkpoint's; ValueError where it may not differ."""
     forbidden, allowed = [], []
+    saved = upgraded(saved)
     for section, options in config_to_dict(config).items():
         for name, value in options.items():
             old = saved.get(section, {}).get(name)

@@ -67,7 +67,6 @@ def listings(root, tmp_path, monkeypatch) -> Listings:
 def test_a_listing_is_made_once(listings):
     assert listings.names() == (["a-b/x.png", "a/deep/er/z.jpg", "a/x.png", "b/10.png", "b/2.png"], 3)
     assert listings.names()[1] == 0
-    assert listings.names(relist=True)[1] == 3
     assert listings.names()[1] == 0
     listings.cache = None
     assert listings.names()[1] == 3
@@ -163,7 +162,7 @@ def test_where_listings_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert ListingCache.of("auto").folder == Path.home() / ".cache/volo"
     assert ListingCache.of("none").folder is None
-    assert ListingCache.of("~/x", relist=True).folder == Path.home() / "x"
+    assert ListingCache.of("~/x").folder == Path.home() / "x"
 
 
 def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):

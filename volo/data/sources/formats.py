@@ -50,7 +50,7 @@ def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
     if not os.path.isdir(target):
         there = some(sorted(os.listdir(root))) if os.listdir(root) else "nothing"
         raise ValueError(f"{option} is {split!r}, but data.root ({root}) has no such folder; it holds {there}")
-    return FolderSplit(target, labels, ListingCache.of(data.cache, data.relist))
+    return FolderSplit(target, labels, ListingCache.of(data.cache))
 
 
 def is_pattern(path: str) -> bool:
@@ -90,7 +90,7 @@ def _archives(data: DataConfig, root: str, split: str, option: str, labels: Labe
     if not urls:
         raise ValueError(f"{option}: there is no tar archive {place}; give one, a folder of them, or a pattern")
     place = urls[0] if len(urls) == 1 else place
-    return ArchiveSplit(urls, place, labels, ListingCache.of(data.cache, data.relist))
+    return ArchiveSplit(urls, place, labels, ListingCache.of(data.cache))
 
 
 def _local_archives(root: str, split: str) -> list[str]:

@@ -38,19 +38,17 @@ class ListingCache:
 
     Args:
         folder: Where they are; None keeps nothing.
-        relist: List everything anew, and keep that.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, relist: bool = False):
+    def __init__(self, folder: str | os.PathLike | None):
         self.folder = Path(folder).expanduser() if folder is not None else None
-        self.relist = relist
 
     @classmethod
-    def of(cls, cache: str, relist: bool = False) -> "ListingCache":
+    def of(cls, cache: str) -> "ListingCache":
         """Return those of option ``data.cache``: "auto" (the user's cache folder), "none" or a folder."""
         if cache == "auto":
-            return cls(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "volo", relist)
-        return cls(None if cache == "none" else cache, relist)
+            return cls(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "volo")
+        return cls(None if cache == "none" else cache)
 
     def get(
         self,
@@ -73,7 +71,7 @@ class ListingCache:
             state: Which of several states of the place it is, each of which is kept; "" where the last one is.
         """
         path = self._path(kind, place, state)
-        if path is not None and not self.relist:
+        if path is not None:
             kept = _read(path, kind, place)
             if kept is not None:
                 if is_fresh(kept):
