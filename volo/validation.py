@@ -87,7 +87,7 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
         for dataset in datasets:
             require_shared_memory(config, None, dataset.records)
         backend = Backend(config.augment.backend)
-        kernel = model.to(world.device).set_kernel(config.train.kernel)
+        kernel = model.to(world.device).set_kernel(config.train.kernel, precision.dtype)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:

@@ -47,8 +47,8 @@ def compiled(direction, layer, dtype, capability):
     from volo.models.kernels import cuda_kernels
 
     side, heads = layer
-    plan = cuda.plan(direction, (128, side, side), heads, 32, (3, 2, 1), dtype.itemsize)
-    constants = cuda.constants(plan, heads, 32, (3, 2, 1))
+    tiling = cuda.tile(direction, (128, side, side), heads, 32, (3, 2, 1), dtype.itemsize)
+    constants = cuda.constants(tiling, heads, 32, (3, 2, 1))
     kernel = getattr(cuda_kernels, direction)
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     pointers = [name for name in kernel.arg_names if name in ("value", "logits", "out") or name.startswith("grad")]
@@ -57,7 +57,7 @@ def compiled(direction, layer, dtype, capability):
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}  # as torch allocates
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": plan.num_warps}), plan.num_warps
+    return triton.compile(source, target=target, options={"num_warps": tiling.num_warps}), tiling.num_warps
 
 
 def resources(binary, folder):
@@ -136,8 +136,8 @@ def test_unfold_bytes_by_hand(monkeypatch):
 
 def test_small_batches_are_divided_among_enough_programs():
     for batch, chunks in ((22, 1), (11, 2), (1, 3)):  # 6 heads; 132 programs are enough, 4 of 14 rows the least
-        plan = cuda.plan("forward", (batch, 28, 28), 6, 32, (3, 2, 1), 2)
-        assert (plan.chunks, plan.tiles, plan.lanes) == (chunks, 1, 16)
+        tiling = cuda.tile("forward", (batch, 28, 28), 6, 32, (3, 2, 1), 2)
+        assert (tiling.chunks, tiling.tiles, tiling.lanes) == (chunks, 1, 16)
 
 
 def test_table():

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from volo.models import create_model, outlook_attention
+from volo.models.kernels import cuda
+from volo.models.outlook_attention import _unavailable_reason
 
 KERNELS = ["eager", "native"]
 
@@ -215,7 +218,23 @@ def test_network_says_what_it_took(make_small):
     torch.testing.assert_close(logits["native"], logits["eager"])
     with pytest.raises(ValueError, match="kernel is 'fast'; it is one of auto, eager, native"):
         model.set_kernel("fast")
+    model.set_kernel("auto")
+    assert {block.attn.kernel for block in model.network[0]} == {"native"}
     dropping = create_model("volo_nano", img_size=32, attn_drop_rate=0.1)
     assert dropping.set_kernel("auto").startswith("eager. It has no dropout")
     with pytest.raises(ValueError, match="no dropout"):
         dropping.set_kernel("native")
+
+
+def test_shapes_that_the_cuda_kernel_does_not_take_are_told_at_once(make_small, monkeypatch):
+    model = make_small(img_size=64, outlook_kernel=5, outlook_padding=2, embed_dims=(256, 24, 24))  # heads of 128
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    _unavailable_reason.cache_clear()
+    del model.pos_embed
+    model.pos_embed = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    said = model.set_kernel("auto", torch.bfloat16)
+    assert said.startswith("eager. It does not take windows") and "128 torch.bfloat16" in said
+    assert {block.attn.kernel for block in model.network[0]} == {"eager"}
+    with pytest.raises(ValueError, match="It does not take windows"):
+        model.set_kernel("native")
+    _unavailable_reason.cache_clear()

@@ -60,7 +60,7 @@ class Learner:
         self.config, self.world, self.layout = config, world, layout
         self.precision = Precision.resolve(config.train.precision, world.device)
         self.model = model
-        self.kernel = self.model.set_kernel(config.train.kernel)
+        self.kernel = self.model.set_kernel(config.train.kernel, self.precision.dtype)
         self.grid = self.model.grid_size
         labels = config.token_label
         self.loss = TokenLabelLoss(

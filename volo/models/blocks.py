@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from volo.models.outlook_attention import Kernel, outlook_attention
+from volo.models.outlook_attention import Kernel, outlook_attention, unavailable_reason
 
 
 class PatchEmbed(nn.Module):
@@ -77,6 +77,7 @@ class OutlookAttention(nn.Module):
     ):
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
@@ -97,6 +98,11 @@ class OutlookAttention(nn.Module):
         # ceil_mode: on an odd side the last pool holds fewer cells and is their mean.
         x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
         return x.permute(0, 2, 3, 1)  # [B, h, w, C]
+
+    def unavailable_reason(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Return None if the native kernel can run this layer on such values, in training too, else why it cannot."""
+        window = (self.kernel_size, self.stride, self.padding)
+        return unavailable_reason(device_type, window, self.head_dim, dtype, self.attn_drop)
 
     def mix(self, value: Tensor, logits: Tensor) -> Tensor:  # [B, H, W, C], [B, h, w, heads*K^4]
         return outlook_attention(

@@ -1,4 +1,4 @@
-"""Outlook attention, the operator of VOLO (arXiv 2106.13112, section 3.1): definition, reference, choice of kernel.
+"""Outlook attention, the operator of VOLO (arXiv 2106.13112, section 3.1): definition, and choice of kernel.
 
 B images, H x W grid, C channels, h x w windows, K kernel side, n = h*w windows, d channels of one head.
 
@@ -6,11 +6,12 @@ Self-attention compares every cell with every other. Outlook attention compares 
 has its K^2 x K^2 attention matrix predicted by a linear layer from the features at the window's centre, the
 matrix mixes the K^2 values of the window into K^2 outputs, and every cell sums what the windows over it say.
 
-The reference states it in plain PyTorch. The native kernels (volo/models/kernels: C++ on the CPU, Triton on CUDA) are
-one operator of torch's library, ``volo::outlook_attention``, with shape functions and gradient: torch.compile and
-torch.export take it as it is, without a graph break.
+The eager operator states it in plain PyTorch. The native kernels (volo/models/kernels: C++ on the CPU, Triton on
+CUDA) are one operator of torch's library, ``volo::outlook_attention``, with shape functions and gradient, so
+torch.compile and torch.export take it as it is, without a graph break.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -93,10 +94,8 @@ def outlook_attention(
             f"{num_heads} heads need {[B, h, w, num_heads * kernel_size**4]} for values {list(value.shape)}"
         )
     if kernel != "eager":
-        device, window = value.device.type, (kernel_size, stride, padding)
-        reason = unavailable_reason(device) if dropout_p == 0 else "It has no dropout of attention weights"
-        if reason is None and device == "cuda" and not _fits_cuda(*window, C // num_heads, value.dtype):
-            reason = f"It has no room for windows {window} of heads of {C // num_heads} {value.dtype} channels"
+        window = (kernel_size, stride, padding)
+        reason = unavailable_reason(value.device.type, window, C // num_heads, value.dtype, dropout_p)
         if reason is None:
             return _native(value, logits, num_heads, kernel_size, stride, padding)
         if kernel == "native":
@@ -127,18 +126,33 @@ _KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 @torch.compiler.assume_constant_result
-def unavailable_reason(device_type: str) -> str | None:
-    """Return why the native kernel cannot run on devices of this type, or None where it can.
+def unavailable_reason(
+    device_type: str, window: tuple[int, int, int], head_dim: int, dtype: torch.dtype, dropout_p: float
+) -> str | None:
+    """Return None if the native kernel can run, else a sentence that says why it cannot.
 
-    On the CPU the first call builds it, where it has not been built on this machine before.
+    Args:
+        device_type: "cpu", where the first call on a machine builds the kernel, "cuda", or another.
+        window: Kernel size, stride and padding.
+        head_dim: Channels of one head.
+        dtype: Of values and logits.
+        dropout_p: Probability of dropping an attention weight.
     """
-    kernels = _KERNELS.get(device_type)
-    return f"There is none for devices of type {device_type}" if kernels is None else kernels.unavailable_reason()
+    return _unavailable_reason(device_type, window, head_dim, dtype, dropout_p > 0)
 
 
-@torch.compiler.assume_constant_result
-def _fits_cuda(kernel_size: int, stride: int, padding: int, head_dim: int, dtype: torch.dtype) -> bool:
-    return cuda.supports(kernel_size, stride, padding, head_dim, dtype)
+@functools.cache
+def _unavailable_reason(
+    device_type: str, window: tuple[int, int, int], head_dim: int, dtype: torch.dtype, drops: bool
+) -> str | None:
+    if drops:
+        return "It has no dropout of attention weights (model.attn_drop_rate)"
+    if device_type not in _KERNELS:
+        return f"There is none for devices of type {device_type}"
+    reason = _KERNELS[device_type].unavailable_reason()
+    if reason is None and device_type == "cuda" and not cuda.supports(*window, head_dim, dtype):
+        return f"It does not take windows of kernel, stride, padding {window} with heads of {head_dim} {dtype} channels"
+    return reason
 
 
 @torch.library.custom_op("volo::outlook_attention", mutates_args=(), device_types=tuple(_KERNELS))

@@ -25,7 +25,7 @@ from volo.models.blocks import (
     Transformer,
 )
 from volo.models.checkpointing import Recompute, apply_checkpointing
-from volo.models.outlook_attention import Kernel, unavailable_reason
+from volo.models.outlook_attention import Kernel
 
 
 class TokenLogits(NamedTuple):
@@ -146,24 +146,34 @@ class VOLO(nn.Module):
         """Choose what is kept for the backward pass: "none" is computed again, "cheap" things, or whole "blocks"."""
         apply_checkpointing(self, what)
 
-    def set_kernel(self, kernel: Kernel) -> str:
-        """Choose the kernel of outlook attention, and return in a sentence what was chosen and why.
+    def set_kernel(self, kernel: Kernel, dtype: torch.dtype | None = None) -> str:
+        """Choose the kernel of outlook attention, once: what is returned is what runs.
 
-        "auto" is the native one where it runs (it is built now, if need be), else the eager operator in plain PyTorch.
+        Args:
+            kernel: "auto" is the native kernel if it can run in every layer (it is built now, if need be), else the
+                eager operator in plain PyTorch.
+            dtype: What values and logits will have, which is autocast's type under autocast; by default the
+                parameters' dtype.
 
-        Raises ValueError: "native" cannot be had, or the kernel is unknown.
+        Returns:
+            A sentence that says what was chosen and why.
+
+        Raises:
+            ValueError: "native" cannot run on this device, or the kernel is unknown.
         """
         if kernel not in get_args(Kernel):
             raise ValueError(f"kernel is {kernel!r}; it is one of {', '.join(get_args(Kernel))}")
-        device = self.pos_embed.device.type
-        reason = None if kernel == "eager" else unavailable_reason(device)
-        if reason is None and kernel != "eager" and self.architecture.attn_drop_rate > 0:
-            reason = "It has no dropout of attention weights (model.attn_drop_rate)"
+        layers = [module for module in self.modules() if isinstance(module, OutlookAttention)]
+        device, dtype = self.pos_embed.device.type, dtype or self.pos_embed.dtype
+        reason = None
+        if kernel != "eager":
+            reasons = (layer.unavailable_reason(device, dtype) for layer in layers)
+            reason = next((reason for reason in reasons if reason is not None), None)
         if kernel == "native" and reason is not None:
             raise ValueError(f"the native kernel of outlook attention cannot be used: {reason}")
-        for module in self.modules():
-            if isinstance(module, OutlookAttention):
-                module.kernel = kernel
+        chosen: Kernel = "eager" if kernel == "eager" or reason is not None else "native"
+        for layer in layers:
+            layer.kernel = chosen
         if kernel == "eager":
             return "eager, as requested"
         return f"native, for {device}" if reason is None else f"eager. {reason}"

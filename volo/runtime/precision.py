@@ -27,6 +27,11 @@ class Precision:
             raise ValueError("train.precision is 'bf16', which this GPU does not compute in; use fp16 or fp32")
         return cls(choice, device.type)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that matrix products give; fp32 under Apex, which decides per operator."""
+        return DTYPES.get(self.name, torch.float32)
+
     def autocast(self):
         """Return the context of a forward."""
         if self.name in ("fp32", "apex_o1"):  # Apex patches the operators itself

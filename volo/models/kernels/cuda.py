@@ -87,7 +87,7 @@ def supports(kernel_size: int, stride: int, padding: int, head_dim: int, dtype: 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """Who does what. A program has ``lanes`` neighbouring windows of each of its rows, some for overlap only."""
 
     lanes: int
@@ -104,9 +104,9 @@ class Plan:
         return self.lanes - self.before - self.after
 
 
-def plan(
+def tile(
     direction: str, grid: tuple[int, int, int], num_heads: int, head_dim: int, window: tuple[int, int, int], size: int
-) -> Plan:
+) -> Tiling:
     """Divide the work.
 
     Args:
@@ -134,13 +134,13 @@ def plan(
     # Elements of a tile for each thread: as many as its registers hold without spilling, for kernel 3.
     each = 4 if direction == "forward" and size == 2 else 2
     num_warps = min(max(lanes * _channels(head_dim) // (32 * each), 1), 16)
-    return Plan(lanes, before, after, tiles, rows, _ceil(steps, rows), num_warps)
+    return Tiling(lanes, before, after, tiles, rows, _ceil(steps, rows), num_warps)
 
 
-def constants(plan: Plan, num_heads: int, head_dim: int, window: tuple[int, int, int]) -> dict[str, int]:
+def constants(tiling: Tiling, num_heads: int, head_dim: int, window: tuple[int, int, int]) -> dict[str, int]:
     """Return what the kernels of cuda_kernels.py are compiled for."""
     K, stride, padding = window
-    lanes = {"LANES": plan.lanes, "BEFORE": plan.before, "AFTER": plan.after}
+    lanes = {"LANES": tiling.lanes, "BEFORE": tiling.before, "AFTER": tiling.after}
     shape = {"HEADS": num_heads, "HEAD_DIM": head_dim, "D": _channels(head_dim), "LOG": _keys(K).bit_length() - 1}
     return {"K": K, "S": stride, "P": padding, **lanes, **shape}
 
@@ -156,13 +156,13 @@ def _start(direction: str, tensors: list[Tensor], num_heads: int, *window: int) 
         return
     head_dim = C // num_heads
     assert supports(window[0], window[1], window[2], head_dim, value.dtype), (window, head_dim, value.dtype)
-    division = plan(direction, (B, H, W), num_heads, head_dim, window, value.itemsize)
-    programs = B * division.chunks * division.tiles * num_heads
+    tiling = tile(direction, (B, H, W), num_heads, head_dim, window, value.itemsize)
+    programs = B * tiling.chunks * tiling.tiles * num_heads
     h, w = logits.shape[1:3]
     with torch.cuda.device_of(value):  # Triton starts kernels on the current device
         getattr(cuda_kernels, direction)[(programs,)](
-            *tensors, H, W, h, w, division.rows, division.tiles,
-            **constants(division, num_heads, head_dim, window), num_warps=division.num_warps,
+            *tensors, H, W, h, w, tiling.rows, tiling.tiles,
+            **constants(tiling, num_heads, head_dim, window), num_warps=tiling.num_warps,
         )  # fmt: skip
 
 

@@ -21,17 +21,17 @@ Window = tuple[int, int, int]  # kernel size, stride, padding
 def kernel_bytes(
     direction: str, grid: tuple[int, int, int], num_heads: int, head_dim: int, window: Window, size: int
 ) -> dict[str, int]:
-    """Return the bytes that a kernel asks for, by tensor; the arguments are those of ``cuda.plan``."""
+    """Return the bytes that a kernel asks for, by tensor; the arguments are those of ``cuda.tile``."""
     B, H, W = grid
     K, S, P = window
     h, w = (_windows(side, window) for side in (H, W))
-    plan = cuda.plan(direction, grid, num_heads, head_dim, window, size)
+    tiling = cuda.tile(direction, grid, num_heads, head_dim, window, size)
     steps = max(h, -(-(H + P) // S))
     # A program reads a product of rows and columns, so each axis is counted alone: how often a cell is asked for, and
     # how many queries (row of a window, row in it; likewise columns) have their logits read.
     cells_down = cells_across = own_down = own_across = queries_down = queries_across = 0
-    for first in range(0, steps, plan.rows):
-        last = first + plan.rows
+    for first in range(0, steps, tiling.rows):
+        last = first + tiling.rows
         start = max(first - (K - 1) // S, 0)
         above = max(S * first - P, 0)
         rows = range(S * start - P, S * start - P + max(K - S, 0))  # read ahead of the walk
@@ -42,9 +42,9 @@ def kernel_bytes(
         queries = [S * r - P + i for r in range(start, min(last, h)) for i in range(K)]
         low, high = (above, min(S * last - P, H)) if direction == "forward" else (0, H)
         queries_down += sum(low <= y < high for y in queries)
-    for tile in range(plan.tiles):
-        left, right = tile * plan.owned, (tile + 1) * plan.owned
-        lanes = range(max(left - plan.before, 0), min(right + plan.after, w))
+    for tile in range(tiling.tiles):
+        left, right = tile * tiling.owned, (tile + 1) * tiling.owned
+        lanes = range(max(left - tiling.before, 0), min(right + tiling.after, w))
         columns = [(c, S * c - P + j) for c in lanes for j in range(K)]
         columns = [(c, x) for c, x in columns if 0 <= x < W]
         cells_across += len(columns)
