@@ -4,13 +4,12 @@ import platform
 import sys
 from pathlib import Path
 
+from volo.reporting import text_table
+
 
 def print_table(rows: list[dict]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([str(row.get(c, "")) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(text_table(columns, [[str(row.get(c, "")) for c in columns] for row in rows]))
 
 
 def show_progress(done: int, total: int) -> None:

@@ -148,7 +148,7 @@ def closing_words(trainer: Trainer) -> str:
         if height == width and config.data.class_list == "imagenet":
             for source, value, crop_pct in published_top1(config.model.name, height, "imagenet"):
                 rows.append([f"{source}'s top-1 %", f"{value:.2f}", f"crop ratio {crop_pct:g}"])
-        lines.append(text_table(["", "value", "of"], rows, align="l.l"))
+        lines.append(text_table(["", "value", "of"], rows, align="lrl"))
     lines.append(f"curves: {run.curves}")
     lines.append(
         f"next:   {sys.executable} validate.py --config {run.path / 'config.yaml'} --checkpoint {run.checkpoints.best}"

@@ -284,4 +284,4 @@ def print_table(rows: list[dict]) -> None:
         figures = [f"{row['top1']:.3f}", f"{row['top5']:.3f}", loss, f"{row['images_per_s']:.1f}"]
         cells.append([row["dataset"], f"{row['images']:,}", *figures, "; ".join(references) or "-"])
     headers = ["data set", "images", "top-1 %", "top-5 %", "loss", "images/s", "published top-1"]
-    _logger.info("%s", text_table(headers, cells, align="lr....l"))
+    _logger.info("%s", text_table(headers, cells, align="lrrrrrl"))

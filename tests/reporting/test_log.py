@@ -1,13 +1,12 @@
-"""Reporting on a terminal: log lines, progress and tables are laid out as meant."""
+"""Reporting on a terminal: log lines and progress are laid out as meant."""
 
 import io
 import logging
-import math
 import sys
 
 import pytest
 
-from volo.reporting import ProgressBar, human_duration, setup_logging, text_table
+from volo.reporting import ProgressBar, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -20,56 +19,6 @@ def fresh_logger():
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(level)
-
-
-def test_table_aligns_decimals_and_text():
-    table = text_table(
-        ["dataset", "images", "top-1", "difference"],
-        [["imagenet", "50,000", 84.148, "+0.05"], ["real", "46,837", 88.9, None], ["v2", 9, 100, "-1"]],
-    )
-    assert table.splitlines() == [
-        "dataset   images    top-1  difference",
-        "--------  ------  -------  ----------",
-        "imagenet  50,000   84.148       +0.05",
-        "real      46,837   88.9          -",
-        "v2             9  100           -1",
-    ]
-
-
-def test_table_alignment_can_be_chosen_and_may_be_empty():
-    assert text_table(["a", "b"], [["x", "y"], ["long", "longer"]], align="rl").splitlines() == [
-        "   a  b",
-        "----  ------",
-        "   x  y",
-        "long  longer",
-    ]
-    assert text_table(["a", "bc"], []).splitlines() == ["a  bc", "-  --"]
-
-
-def test_percentages_and_non_numbers_keep_their_columns():
-    lines = text_table(["x"], [["98%"], ["98.25%"], [math.nan], [None], ["1.5e-05"]]).splitlines()[2:]
-    assert [line.index(".") for line in lines if "." in line] == [3, 3]
-    assert lines[0].rstrip() == " 98%" and lines[2].strip() == "nan" and lines[3].strip() == "-"
-
-
-def test_a_table_too_wide_becomes_blocks():
-    table = text_table(["checkpoint", "top-1"], [["/runs/" + "x" * 100, 84.2], ["short", 1.0]])
-    assert table.splitlines() == [
-        "checkpoint  /runs/" + "x" * 100,
-        "top-1       84.2",
-        "",
-        "checkpoint  short",
-        "top-1       1",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273600, "3d 04h")],
-)
-def test_human_duration(seconds, text):
-    assert human_duration(seconds) == text
-    assert human_duration(math.inf) == human_duration(math.nan) == "?"
 
 
 def test_progress_prints_plain_lines_off_a_terminal(tmp_path, capsys):
@@ -85,7 +34,7 @@ def test_progress_prints_plain_lines_off_a_terminal(tmp_path, capsys):
         "epoch 3/310  step 6/7  loss 1.9  lr 0.0016  images/s 1,234",
         "epoch 3/310  step 7/7  loss 0.9  lr 0.0016  images/s 1,234",
     ]
-    assert lines[-1].endswith("ETA 0s")
+    assert lines[-1].endswith("ETA 00:00")
     assert err == ""
     assert (tmp_path / "log.txt").read_text().count("epoch 3/310") == 3
 

@@ -8,13 +8,13 @@ TensorBoard and matplotlib are imported when they are first used: they take seco
 """
 
 from volo.reporting.curves import plot_curves
-from volo.reporting.log import ProgressBar, human_duration, setup_logging, text_table
+from volo.reporting.log import ProgressBar, setup_logging
 from volo.reporting.metrics import MetricsWriter, read_metrics, write_results
+from volo.reporting.tables import text_table
 
 __all__ = [
     "MetricsWriter",
     "ProgressBar",
-    "human_duration",
     "plot_curves",
     "read_metrics",
     "setup_logging",

@@ -1,18 +1,13 @@
-"""What a run prints: log lines, the progress of a loop, tables of plain text."""
+"""What a run prints: log lines and the progress of a loop."""
 
 import logging
-import math
-import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 logger = logging.getLogger("volo")
-
-_NUMBER = re.compile(r"[+-]?(\d[\d,]*\.?\d*|\.\d+)(e[+-]?\d+)?%?|nan|[+-]?inf|-", re.IGNORECASE)
 
 
 def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: int = 0) -> None:
@@ -92,63 +87,13 @@ class ProgressBar:
             self._bar.update(n)
         elif self._done // self._log_every > before // self._log_every or self._done == self._total:
             seconds_a_step = (time.perf_counter() - self._start) / max(self._done - self._first, 1)
-            eta = human_duration(seconds_a_step * (self._total - self._done))
+            eta = tqdm.format_interval(seconds_a_step * (self._total - self._done))
             values = "".join(f"  {name} {text}" for name, text in texts.items())
             logger.info("%s  step %d/%d%s  ETA %s", self._title, self._done, self._total, values, eta)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def text_table(headers: Sequence[str], rows: Sequence[Sequence], align: str = "", width: int = 100) -> str:
-    """Return a table for a terminal; one that would be wider than ``width`` becomes one block of lines a row.
-
-    Args:
-        headers: Column titles.
-        rows: Cells: text, numbers (floats with up to six digits) or None, shown as "-".
-        align: One letter a column: "l" left, "r" right, "." decimal points under each other. By default columns of
-            numbers are "." and the others "l".
-        width: Most characters of a line.
-    """
-    assert all(len(row) == len(headers) for row in rows), "a row has as many cells as there are headers"
-    assert not align or len(align) == len(headers), f"align {align!r} has one letter for each of {headers}"
-    texts = [["-" if c is None else f"{c:g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    columns = [[row[i] for row in texts] for i in range(len(headers))]
-    align = align or "".join("." if all(map(_NUMBER.fullmatch, column)) else "l" for column in columns)
-    padded = [_pad([title], cells, how) for title, cells, how in zip(headers, columns, align, strict=True)]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
-    if max(map(len, lines)) <= width:
-        return "\n".join(lines)
-    name_width = max(map(len, headers))
-    blocks = ["\n".join(f"{h:{name_width}}  {c}" for h, c in zip(headers, row, strict=True)) for row in texts]
-    return "\n\n".join(blocks)
-
-
-def _pad(title: list[str], cells: list[str], how: str) -> list[str]:
-    """Return title, rule and cells of one column, all of one width."""
-    if how == ".":
-        # What stands behind the whole part: ".25" of "4.25", "%" of "98%", nothing of "nan" and "-".
-        tails = [len(c) - len(re.match(r"[+-]?[\d,]*", c).group()) if c.strip("-naif+") else 0 for c in cells]
-        cells = [cell + " " * (max(tails) - tail) for cell, tail in zip(cells, tails, strict=True)]
-    width = max(map(len, title + cells))
-    side = "<" if how == "l" else ">"
-    return [f"{text:{side}{width}}" for text in [*title, "-" * width, *cells]]
-
-
-def human_duration(seconds: float) -> str:
-    """Return a duration in its two largest units: 42s, 3m 20s, 2h 05m, 3d 04h."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    minutes, s = divmod(whole, 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02}h"
-    if hours:
-        return f"{hours}h {m:02}m"
-    return f"{m}m {s:02}s" if minutes else f"{s}s"
 
 
 def _short(value: float | str) -> str:
