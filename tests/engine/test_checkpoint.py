@@ -91,6 +91,18 @@ def test_the_litter_of_a_killed_run_goes_with_the_next_save(folder, tmp_path):
     assert names(tmp_path) == ["best.pt", "last.pt", "step-00000001.pt", "step-00000002.pt"]
 
 
+def test_a_name_that_a_killed_run_left_on_a_checkpoint_is_never_written_to(folder, tmp_path):
+    """A kill between making a second name and moving it into place leaves a link to the checkpoint itself."""
+    folder.save(state(1), is_best=True)
+    os.link(tmp_path / "step-00000001.pt", tmp_path / ".checkpoint.tmp")
+    os.link(tmp_path / "step-00000001.pt", tmp_path / ".last.pt.0123456789ab.tmp")
+    before = (tmp_path / "step-00000001.pt").read_bytes()
+    folder.save(state(2), is_best=False)
+    assert (tmp_path / "step-00000001.pt").read_bytes() == folder.best.read_bytes() == before
+    assert step_of(folder.last) == 2
+    assert names(tmp_path) == ["best.pt", "last.pt", "step-00000001.pt", "step-00000002.pt"]
+
+
 # ------------------------------------------------------------------------------------------------------- names
 
 

@@ -14,7 +14,6 @@ What a checkpoint of ours holds (plain containers and tensors only, so it loads 
 """
 
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from volo.models.weights import UnreadableCheckpoint, read_checkpoint
 from volo.runtime.errors import Failure
-from volo.runtime.files import sync_folder
+from volo.runtime.files import atomic_file, link_atomic, remove_temporary_files
 
 _logger = logging.getLogger("volo")
 
@@ -57,16 +56,10 @@ def save_atomically(state: dict, path: Path) -> None:
 
     Raises SaveError (a full disk, a lost mount); the half-written file is removed and the old one stays.
     """
-    temporary = _temporary(path.parent)
     try:
-        with open(temporary, "wb") as file:
+        with atomic_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         # torch may word a failed write as an internal error of its archive; what failed stands behind that.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
@@ -75,11 +68,6 @@ def save_atomically(state: dict, path: Path) -> None:
             f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
             "written before are intact; make room and start again with train.resume auto"
         ) from error
-
-
-def _temporary(folder: Path) -> Path:
-    """Return the one name that half-written files of ``folder`` have: what a killed run left, the next replaces."""
-    return folder / ".checkpoint.tmp"
 
 
 class CheckpointFolder:
@@ -103,6 +91,7 @@ class CheckpointFolder:
         Numbers above that of ``state`` are of a course that was given up for an earlier checkpoint; they are
         forgotten, too, or the next start would go back to it.
         """
+        remove_temporary_files(self.folder)  # half-written by a run that was killed
         path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
         save_atomically(state, path)
         self._name(path, self.last)
@@ -114,20 +103,10 @@ class CheckpointFolder:
 
     def _name(self, path: Path, name: Path) -> None:
         """Give the file at ``path`` a second name, replacing what had it in one step."""
-        temporary = _temporary(self.folder)
-        temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            try:
-                shutil.copyfile(path, temporary)
-                with open(temporary, "rb+") as copy:
-                    os.fsync(copy.fileno())
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
-        os.replace(temporary, name)
-        sync_folder(self.folder)
+            link_atomic(path, name)
+        except OSError as error:
+            raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
 
     def _numbered(self) -> list[Path]:
         """Return the numbered checkpoints, newest first."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary(path: Path) -> Path:
+    """Return a hidden name beside ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that gets the name ``path`` when the block ends: at every moment the old file or the new, whole.
@@ -27,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: The folder does not exist, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -45,6 +51,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def link_atomic(path: Path, name: Path) -> None:
+    """Give the file at ``path`` a second name in the same folder, replacing what had it; a copy without hard links.
+
+    Raises OSError if there is neither a link nor room for the copy; ``name`` then is what it was.
+    """
+    temporary = _temporary(name)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        with open(path, "rb") as source, atomic_file(name) as copy:
+            shutil.copyfileobj(source, copy)
+        return
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # which is left where both names already were one file
+    sync_folder(name.parent)
 
 
 def remove_temporary_files(folder: Path) -> None:
