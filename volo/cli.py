@@ -42,6 +42,8 @@ class RecipeParser(ArgumentParser):
             wanted = found[1]
         if remedy := REMOVED_FIELDS.get(tuple(wanted.split("."))):
             return f". That option is gone: {remedy}"
+        if wanted == "geometry":  # of the scripts for token labels
+            return ". It is now called covers, with the values whole_image and center_crop"
         if wanted == "token_label.size":  # of the published code, where it had to be typed
             return ". It follows from the network's grid (14 x 14 tokens for D1 at 224 px), whatever the maps have"
         names = self._option_names()

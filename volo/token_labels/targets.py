@@ -161,7 +161,9 @@ class TokenTargets:
             image_hw: Size of the network's input, in pixels.
         """
         device = self.truth.device
-        return self.blended(mix.lam.float().to(device), token_shares(mix, grid, image_hw).float().to(device))
+        shares = (mix.lam, token_shares(mix, grid, image_hw))  # [B], [B, N], on the host
+        # A blocking copy would wait for all that the device still has to do.
+        return self.blended(*(share.float().to(device, non_blocking=True) for share in shares))
 
     def blended(self, lam: Tensor, token_lam: Tensor) -> "TokenTargets":
         """Return the targets blended with those of the reversed batch.

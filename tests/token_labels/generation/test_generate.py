@@ -490,6 +490,7 @@ def test_wrong_options_end_with_code_2_and_the_reason(images, cnn, tmp_path):
         assert not (tmp_path / "labels.parts").exists()
 
     refused("covers", "hole_image", covers="hole_image")
+    refused("--geometry", "now called covers", geometry="reference")
     refused("--top_k is 9", "8 classes", top_k=9)
 
 
