@@ -1,6 +1,6 @@
 """Native pixels are Pillow's: plans, operations and evaluation, to the last bit, on photographs.
 
-Every number of pixels.cpp is an integer, or a float in Pillow's own order, so there is nothing to tolerate where Pillow
+Every number of render.cpp is an integer, or a float in Pillow's own order, so there is nothing to tolerate where Pillow
 was compiled without fused multiply-adds, as it is on x86-64. Elsewhere one grey level may differ in a few pixels.
 """
 

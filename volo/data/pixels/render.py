@@ -1,7 +1,7 @@
-"""What a plan does to the pixels of an image, natively: packs it for pixels.cpp, which is compiled on first use.
+"""What a plan does to the pixels of an image, natively: packs it for render.cpp, which is compiled on first use.
 
-The bytes are Pillow's (tests/data/test_pixels.py), in a fraction of the time. H, W are the height and width of the
-image, h, w those of the output.
+The bytes are Pillow's (tests/data/pixels/test_render.py), in a fraction of the time. H, W are the height and width of
+the image, h, w those of the output.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from volo.runtime import native
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # A product and a sum keep their own roundings, as in Pillow.
 _FLAGS = ("-O3", "-ffp-contract=off")
-_SPARE = 64  # bytes behind the last pixel that pixels.cpp may read
+_SPARE = 64  # bytes behind the last pixel that render.cpp may read
 
 _JOB = struct.Struct("=21q")
 _OP = struct.Struct("=2q6d")
-# Kinds as pixels.cpp numbers them.
+# Kinds as render.cpp numbers them.
 _KINDS = {
     "AutoContrast": 0,
     "Equalize": 1,
