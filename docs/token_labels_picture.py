@@ -16,11 +16,10 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from volo.token_labels.store import TokenLabelMap, label_key
+from volo.token_labels.writer import StoreWriter
 
-from volo.token_labels.store import TokenLabelMap, label_key  # noqa: E402
-from volo.token_labels.writer import StoreWriter  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 PARTS = {"temple": ["temple", "sky", "shrubs", "water"], "dahlia": ["leaves", "shade", "dahlia"]}  # by size
 CELLS = (28, 42)  # of a label map: the photographs are 427 x 640

@@ -11,26 +11,17 @@ after a stop or a kill, the same command resumes.
 
 import sys
 
-from volo.cli import RecipeParser
+from volo.cli import parse_options
 from volo.token_labels.generation.options import GenerateOptions
 
-
-def parse(words: list[str]) -> GenerateOptions:
-    parser = RecipeParser(
-        prog="generate_token_labels.py",
-        description=__doc__.splitlines()[0],
-        usage="generate_token_labels.py --images FOLDER --teacher TEACHER --output STORE [options]",
-        allow_abbrev=False,
-    )
-    parser.add_class_arguments(GenerateOptions)
-    try:
-        return GenerateOptions(**vars(parser.parse_args(words)))
-    except ValueError as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
-    options = parse(sys.argv[1:])
+    options = parse_options(
+        GenerateOptions,
+        sys.argv[1:],
+        prog="generate_token_labels.py",
+        usage="--images FOLDER --teacher TEACHER --output STORE [options]",
+        description=__doc__.splitlines()[0],
+    )
 
     # What takes seconds to import comes after the options are known to be right.
     from volo.runtime.program import finish

@@ -9,23 +9,17 @@ folder of such files. The store gets its name once it is whole; after an interru
 
 import sys
 
-from volo.cli import RecipeParser
+from volo.cli import parse_options
 from volo.token_labels.pack_options import PackOptions
 
-
-def parse(words: list[str]) -> PackOptions:
-    parser = RecipeParser(
-        prog="pack_token_labels.py",
-        description=__doc__.splitlines()[0],
-        usage="pack_token_labels.py --source FOLDER --output STORE [options]",
-        allow_abbrev=False,
-    )
-    parser.add_class_arguments(PackOptions)
-    return PackOptions(**vars(parser.parse_args(words)))
-
-
 if __name__ == "__main__":
-    options = parse(sys.argv[1:])
+    options = parse_options(
+        PackOptions,
+        sys.argv[1:],
+        prog="pack_token_labels.py",
+        usage="--source FOLDER --output STORE [options]",
+        description=__doc__.splitlines()[0],
+    )
 
     # What takes seconds to import comes after the options are known to be right.
     from volo.runtime.program import finish

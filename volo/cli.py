@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -17,13 +17,17 @@ from jsonargparse import ArgumentParser
 from volo.config import REMOVED_FIELDS, RENAMED_VALUES, Config
 from volo.runtime.exit_codes import USAGE, leave_for_launcher
 
+_Options = TypeVar("_Options")
+
 
 class RecipeParser(ArgumentParser):
     """An argument parser whose errors are short and name the nearest valid option."""
 
+    options_class: type = Config  # whose fields its options are
+
     def error(self, message, ex=None):
         hint = self._nearest(str(message))
-        message = _in_one_line(str(message))
+        message = _in_one_line(str(message), self.options_class)
         if not self.exit_on_error:
             raise ValueError(f"{message}{hint}") from ex
         print(f"Every option with its meaning: {self.prog} --help", file=sys.stderr)
@@ -67,6 +71,22 @@ def build_parser(prog: str, description: str) -> RecipeParser:
     parser.add_argument("--config", action="config", help="Recipe in YAML; options on the line override it.")
     parser.add_class_arguments(Config)
     return parser
+
+
+def parse_options(
+    options_class: type[_Options], argv: list[str], *, prog: str, usage: str, description: str
+) -> _Options:
+    """Return the options of a script, a dataclass, from its command line.
+
+    Exits with code 2 and a message when something is unknown, of a wrong type or contradicts another option.
+    """
+    parser = RecipeParser(prog=prog, description=description, usage=f"{prog} {usage}", allow_abbrev=False)
+    parser.options_class = options_class
+    parser.add_class_arguments(options_class)
+    try:
+        return options_class(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse(parser: RecipeParser, argv: list[str]) -> tuple[Config, dict]:
@@ -134,21 +154,24 @@ def _pairs(mapping: yaml.MappingNode, where: str) -> dict[str, yaml.Node]:
     return pairs
 
 
-def _in_one_line(message: str) -> str:
+def _in_one_line(message: str, options_class: type) -> str:
     """Return a parser's message as one line; one about a wrong type in the words of the options."""
-    key = re.search(r'Parser key "(\w+)\.(\w+)"', message)
+    key = re.search(r'Parser key "(?:(\w+)\.)?(\w+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
-    sections = get_type_hints(Config)
-    if not key or not value or key[1] not in sections:
+    hints = get_type_hints(options_class)
+    if key and key[1]:
+        hints = get_type_hints(hints[key[1]]) if key[1] in hints else {}
+    if not key or not value or key[2] not in hints:
         return " ".join(message.split())
-    kind = get_type_hints(sections[key[1]])[key[2]]
+    kind = hints[key[2]]
     if get_origin(kind) is Literal:
         wanted = " or ".join(get_args(kind))
     else:
         wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    name = f"{key[1]}.{key[2]}" if key[1] else f"--{key[2]}"
     if new := RENAMED_VALUES.get((key[1], key[2]), {}).get(value[1].strip("'")):
-        return f"{key[1]}.{key[2]} {value[1]} is now called {new}; it takes {wanted}"
-    return f"{key[1]}.{key[2]} is {value[1]}; it takes {wanted}"
+        return f"{name} {value[1]} is now called {new}; it takes {wanted}"
+    return f"{name} is {value[1]}; it takes {wanted}"
 
 
 def upgraded(values: dict) -> dict:

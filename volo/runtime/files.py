@@ -65,8 +65,10 @@ def link_atomic(path: Path, name: Path) -> None:
         with open(path, "rb") as source, atomic_file(name) as copy:
             shutil.copyfileobj(source, copy)
         return
-    os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)  # which is left where both names already were one file
+    try:
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if both names already were one file, too
     sync_folder(name.parent)
 
 

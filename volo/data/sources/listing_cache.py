@@ -143,7 +143,7 @@ def _mark_used(path: Path) -> None:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove listing_cache of other states of the place of ``path`` that no run has looked at for a month."""
+    """Remove listings of other states of the place of ``path`` that no run has used for a month."""
     begin = path.name.rpartition("-")[0]
     for other in path.parent.glob(f"{glob.escape(begin)}-*.npz"):
         with contextlib.suppress(OSError):
