@@ -69,8 +69,7 @@ def run_training(config: Config) -> int:
     if lost := trainer.lost_workers():
         _logger.warning("reading processes that died were replaced %d times", lost)
     if world.is_main:
-        if run.metrics.exists():  # not where the run was stopped before its first step
-            plot_curves(run.metrics, run.curves, title=run.path.name)
+        plot_curves(run.metrics, run.curves, title=run.path.name)
         if finished:
             _logger.info("%s", closing_words(trainer))
     return DONE if finished else STOPPED

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from volo.reporting import MetricsWriter, plot_curves, read_metrics, write_results
+from volo.reporting.metrics import COLUMNS
 
 AWKWARD = [0.1, 1 / 3, 1e-300, 6.907755374908447, -0.0, 1.6e-3, float(np.float32(0.1)), 12345678.875]
 
@@ -35,40 +36,52 @@ def test_metrics_round_trip_exactly(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step, value in enumerate(AWKWARD):
         writer.scalars(step, step / 7, **{"train/loss": value, "train/lr": value / 3})
+    writer.scalars(99, 9.5, **{"train/loss": math.nan, "train/grad_norm": math.inf})
     writer.close()
-    rows = read_metrics(tmp_path / "metrics.csv")
+    *rows, last = read_metrics(tmp_path / "metrics.csv")
     assert [row["train/loss"] for row in rows] == AWKWARD
     assert [row["train/lr"] for row in rows] == [value / 3 for value in AWKWARD]
     assert [(row["step"], row["epoch"]) for row in rows] == [(i, i / 7) for i in range(len(AWKWARD))]
     assert math.copysign(1, rows[4]["train/loss"]) == -1
     assert all(isinstance(row["step"], int) for row in rows)
+    assert math.isnan(last["train/loss"]) and last["train/grad_norm"] == math.inf
 
 
-def test_non_finite_metrics_are_kept(tmp_path):
+def test_every_column_is_there_from_the_start(tmp_path):
+    """An independent reader sees one header and rows of one length, and the header never changes."""
     writer = MetricsWriter(tmp_path)
-    writer.scalars(1, 0.5, **{"train/loss": math.nan, "train/grad_norm": math.inf})
-    row = read_metrics(tmp_path / "metrics.csv")[0]
-    assert math.isnan(row["train/loss"]) and row["train/grad_norm"] == math.inf
-    writer.close()
-
-
-def test_a_new_metric_widens_the_file(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    header = (tmp_path / "metrics.csv").read_text()
     writer.scalars(1, 0.5, **{"train/loss": 1.0})
     writer.scalars(2, 1.0, **{"val/top1": 50.0, "val/top5": 80.0})
-    writer.scalars(3, 1.5, **{"train/loss": 0.5})
+    with pytest.raises(ValueError, match="train/accuracy"):
+        writer.scalars(3, 1.5, **{"train/accuracy": 0.5})
     writer.close()
     assert read_metrics(tmp_path / "metrics.csv") == [
         {"step": 1, "epoch": 0.5, "train/loss": 1.0},
         {"step": 2, "epoch": 1.0, "val/top1": 50.0, "val/top5": 80.0},
-        {"step": 3, "epoch": 1.5, "train/loss": 0.5},
     ]
-    # An independent reader sees one header and rows of one length.
+    assert (tmp_path / "metrics.csv").read_text().startswith(header)
     with open(tmp_path / "metrics.csv", newline="") as file:
         lines = list(csv.reader(file))
-    assert lines[0] == ["step", "epoch", "train/loss", "val/top1", "val/top5"]
-    assert {len(line) for line in lines} == {5}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {len(line) for line in lines} == {len(COLUMNS)} and lines[0] == list(COLUMNS)
+
+
+def test_a_run_folder_of_an_earlier_version_is_resumed(tmp_path):
+    """Its metrics.csv had the columns it had used by then, and perhaps one that is unknown today."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,train/lr,train/speed,train/loss\n1,0.5,0.125,7.0,6.5\n2,1.0,,,6.25\n")
+    (tmp_path / "old").hardlink_to(path)
+    old = path.read_text()
+    writer = MetricsWriter(tmp_path, last_step=2)
+    writer.scalars(2, 1.0, **{"val/top1": 50.0})
+    writer.close()
+    assert read_metrics(path) == [
+        {"step": 1, "epoch": 0.5, "train/lr": 0.125, "train/speed": 7.0, "train/loss": 6.5},
+        {"step": 2, "epoch": 1.0, "train/loss": 6.25},
+        {"step": 2, "epoch": 1.0, "val/top1": 50.0},
+    ]
+    assert (tmp_path / "old").read_text() == old, "the file was replaced at once, not written over"
+    assert sorted(p.name for p in tmp_path.iterdir() if "tfevents" not in p.name) == ["metrics.csv", "old"]
 
 
 def test_tensorboard_equals_the_csv_file(tmp_path):
@@ -84,25 +97,15 @@ def test_tensorboard_equals_the_csv_file(tmp_path):
         assert points == [(row["step"], float(np.float32(row[tag]))) for row in rows if tag in row]
 
 
-def test_a_resumed_run_appends(tmp_path):
-    for first in (1, 3):
-        writer = MetricsWriter(tmp_path)
-        for step in (first, first + 1):
-            writer.scalars(step, step / 4, **{"train/loss": float(step)})
-        writer.close()
-    assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.0, 3.0, 4.0]
-    assert board_scalars(tmp_path)["train/loss"] == [(s, float(s)) for s in (1, 2, 3, 4)]
-
-
 @pytest.mark.parametrize("checkpoint", [-1, 0, 1, 3, 5, 9])
-def test_resuming_from_an_older_step_forgets_what_came_after(tmp_path, checkpoint):
+@pytest.mark.parametrize("redone", [None, "val/top1"])
+def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path, checkpoint, redone):
     first = MetricsWriter(tmp_path)
     for step in range(6):
         first.scalars(step, step / 6, **{"train/loss": float(step)})
     first.scalars(3, 0.5, **{"val/top1": 33.0})
     first.close()
-    resumed = MetricsWriter(tmp_path)
-    resumed.truncate_after(checkpoint)
+    resumed = MetricsWriter(tmp_path, checkpoint, redone)
     for step in range(checkpoint + 1, checkpoint + 3):
         resumed.scalars(step, step / 6, **{"train/loss": 100.0 + step})
     resumed.close()
@@ -110,22 +113,11 @@ def test_resuming_from_an_older_step_forgets_what_came_after(tmp_path, checkpoin
     expected = [(s, float(s)) for s in kept] + [(s, 100.0 + s) for s in (checkpoint + 1, checkpoint + 2)]
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == expected
-    assert [row["val/top1"] for row in rows if "val/top1" in row] == ([33.0] if checkpoint >= 3 else [])
+    evaluated = checkpoint > 3 or (checkpoint == 3 and redone is None)
+    assert [row["val/top1"] for row in rows if "val/top1" in row] == [33.0] * evaluated
     board = board_scalars(tmp_path)
     assert board["train/loss"] == expected
     assert board["val/top1"] == ([(3, 33.0)] if checkpoint >= 3 else [])
-
-
-def test_truncating_an_open_writer_and_an_empty_folder(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer.truncate_after(10)
-    writer.scalars(1, 1.0, **{"train/loss": 1.0})
-    writer.scalars(2, 2.0, **{"train/loss": 2.0})
-    writer.truncate_after(1)
-    writer.scalars(2, 2.0, **{"train/loss": 2.5})
-    writer.close()
-    assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.5]
-    assert board_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.5)]
 
 
 def test_a_line_torn_by_a_kill_is_dropped_and_reported(tmp_path, caplog):
@@ -134,10 +126,11 @@ def test_a_line_torn_by_a_kill_is_dropped_and_reported(tmp_path, caplog):
         writer.scalars(step, 0.25, **{"train/loss": 6.5, "train/lr": 0.125})
     writer.close()
     path = tmp_path / "metrics.csv"
-    path.write_text(path.read_text()[:-3])  # "0.125\n" is now "0.1": a number, but not the one that was meant
+    text = path.read_text()
+    path.write_text(text[: text.rindex("25,")])  # "0.125" is now "0.1": a number, but not the one that was meant
     assert [row["step"] for row in read_metrics(path)] == [1]
-    writer = MetricsWriter(tmp_path)
-    assert "not finished" in caplog.text and "2,0.25,6.5,0.1" in caplog.text
+    writer = MetricsWriter(tmp_path, last_step=2)
+    assert "2,0.25,6.5,,,,,,0.1" in caplog.text
     writer.scalars(2, 0.25, **{"train/loss": 6.5, "train/lr": 0.125})
     writer.close()
     assert [row["train/lr"] for row in read_metrics(path)] == [0.125, 0.125]
@@ -165,7 +158,6 @@ def test_a_foreign_or_damaged_file_is_refused_and_left_alone(tmp_path, text, mes
 def test_a_disabled_writer_touches_nothing(tmp_path):
     writer = MetricsWriter(tmp_path / "run", enabled=False)
     writer.scalars(1, 0.5, **{"train/loss": 1.0})
-    writer.truncate_after(0)
     writer.close()
     assert not (tmp_path / "run").exists()
 
@@ -217,16 +209,6 @@ def test_a_full_disk_keeps_the_old_file_whole(tmp_path):
         signal.signal(signal.SIGXFSZ, old_signal)
     assert [path.read_bytes() for path in paths] == before
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_rewrite_replaces_the_file_at_once(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer.scalars(1, 0.5, **{"train/loss": 1.0})
-    # A second name of the old file still shows the old contents: nothing was written over them.
-    (tmp_path / "old").hardlink_to(tmp_path / "metrics.csv")
-    writer.scalars(2, 1.0, **{"val/top1": 50.0})
-    writer.close()
-    assert (tmp_path / "old").read_text() == "step,epoch,train/loss\n1,0.5,1.0\n"
 
 
 # curves.png

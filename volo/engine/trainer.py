@@ -63,11 +63,11 @@ class Trainer:
             self.progress.load_state_dict(state["progress"])
         self.failures: list[str] = []
         self.steps_per_epoch = self.loader.steps_per_epoch
-        self.writer = MetricsWriter(run.path, enabled=world.is_main)
-        # A run that was killed before its first checkpoint starts over, and so do its records.
-        # Where the process died between an evaluation and the save after it, that evaluation comes again.
+        # A run that was killed before its first checkpoint starts over, and so do its records. If the process died
+        # between an evaluation and the save after it, that evaluation is repeated.
+        resumed_from = self.progress.global_step if state is not None else -1
         redone = "val/top1" if self._epoch_is_open else None
-        self.writer.truncate_after(self.progress.global_step if state is not None else -1, redone)
+        self.writer = MetricsWriter(run.path, resumed_from, redone, enabled=world.is_main)
         self.window = Window(world.device)
         self.verdict = LoaderVerdict(worker_count(config.data.workers), processes_here(), usable_cores())
         self.stop = StopRequest()

@@ -1,7 +1,7 @@
 """Numbers in files: metrics.csv with its TensorBoard twin, results.json and results.csv.
 
-A file is rewritten by way of a temporary one that takes its name at the end, so a stop at any moment leaves the
-old or the new file, never half of one.
+A file is rewritten through a temporary one that takes its name at the end, so a stop at any moment leaves the old or
+the new file, never half of one.
 """
 
 import csv
@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +21,52 @@ from volo.runtime.files import write_atomic
 logger = logging.getLogger("volo")
 
 _KEYS = ("step", "epoch")
+# Every column of metrics.csv; cells stay empty if a run has no such value. Units: volo/reporting/__init__.py.
+COLUMNS = (
+    *_KEYS,
+    *("train/loss", "train/loss_cls", "train/loss_dense", "train/grad_norm"),
+    *("train/images_per_s", "train/data_wait", "train/lr"),
+    *("val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
+)
 
 
 class MetricsWriter:
     """Writes the same scalars to ``metrics.csv`` and to TensorBoard events in the run folder.
 
-    A run folder that already has a metrics.csv is continued: rows are appended, and the order of its columns
-    stays. Call :meth:`truncate_after` first where the run goes on from an older step than the file's last.
+    A run folder that already has a metrics.csv is continued after ``last_step``: later rows are dropped, in TensorBoard
+    too. The file is rewritten once, with every one of COLUMNS; columns that only an earlier version knew stay.
 
     Args:
-        run_dir: The run folder; made where it does not exist.
+        run_dir: The run folder; made if it does not exist.
+        last_step: The step that the run resumes from; -1 for a fresh start.
+        redone: Name of a value that is about to be measured again at ``last_step``; rows of that step that hold it
+            are dropped as well.
         enabled: False makes every method do nothing, for the ranks that do not report.
 
     Raises:
-        ValueError: The folder's metrics.csv was written by something else.
+        ValueError: The folder's metrics.csv was written by something else, or a line in it is damaged.
     """
 
-    def __init__(self, run_dir: str | Path, enabled: bool = True):
+    def __init__(self, run_dir: str | Path, last_step: int = -1, redone: str | None = None, enabled: bool = True):
         self.path = Path(run_dir) / "metrics.csv"
+        self._first_step = last_step + 1
         self._enabled = enabled
-        self._board = None
-        self._purge_step: int | None = None
-        self._columns: list[str] = []
+        self._columns = list(COLUMNS)
         if not enabled:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
         if self.path.exists():
-            self._columns, rows, torn = _parse(self.path)
+            columns, rows, torn = _parse(self.path)
+            self._columns += [name for name in columns if name not in COLUMNS]
             if torn:
-                logger.warning("%s: its last line was not finished and is dropped: %r", self.path, torn)
-                self._rewrite(rows)
+                logger.warning("%s: dropped its unfinished last line: %r", self.path, torn)
+        kept = [r for r in rows if (step := int(r["step"])) < last_step or (step == last_step and redone not in r)]
+        if len(kept) < len(rows):
+            logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), last_step)
+        write_atomic(self.path, _csv_lines(self._columns, kept, header=True))
 
     def scalars(self, step: int, epoch: float, **values: float) -> None:
-        """Write ``values`` (names may hold a slash: ``**{"train/loss": 6.9}``) as of ``step`` and ``epoch``.
+        """Write ``values``, named as in COLUMNS (``**{"train/loss": 6.9}``), as of ``step`` and ``epoch``.
 
         Numbers keep their full precision in the CSV file and become float32 in TensorBoard.
         """
@@ -60,20 +74,12 @@ class MetricsWriter:
             return
         row = {"step": str(int(step)), "epoch": repr(float(epoch))}
         row |= {name: repr(float(value)) for name, value in values.items()}
-        if not self._columns:
-            self._columns = list(row)
-            self._rewrite([row])
-        elif new := [name for name in row if name not in self._columns]:
-            _, rows, _ = _parse(self.path)
-            self._columns += new
-            self._rewrite([*rows, row])
-        else:
-            # One write of one line: what a kill can tear is at most this line, and a torn line is recognised.
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                file.write(_csv_lines(self._columns, [row]))
+        # One write per line: a kill can tear at most this line, and a torn line is recognised.
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(_csv_lines(self._columns, [row]))
         for name, value in values.items():
-            self._tensorboard().add_scalar(name, float(value), int(step))
-        self._tensorboard().flush()
+            self._board.add_scalar(name, float(value), int(step))
+        self._board.flush()
 
     def picture(self, name: str, step: int, png: bytes) -> None:
         """Write a picture to ``name``.png in the run folder and to TensorBoard."""
@@ -81,41 +87,18 @@ class MetricsWriter:
             return
         write_atomic(self.path.parent / f"{name}.png", png)
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._tensorboard().add_image(name, pixels, step, dataformats="HWC")
-
-    def truncate_after(self, step: int, redone: str | None = None) -> None:
-        """Forget everything after ``step``, in the CSV file and in TensorBoard: the run goes on from there.
-
-        With ``redone``, rows of ``step`` itself that hold a value of that name leave the CSV file, too: what gave them
-        is done again.
-        """
-        if not self._enabled:
-            return
-        if self._columns:
-            _, rows, _ = _parse(self.path)
-            kept = [row for row in rows if (at := int(row["step"])) < step or (at == step and redone not in row)]
-            if len(kept) < len(rows):
-                logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), step)
-                self._rewrite(kept)
-        self.close()
-        self._purge_step = step + 1
+        self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._board is not None:
+        if "_board" in self.__dict__:
             self._board.close()
-            self._board = None
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        write_atomic(self.path, _csv_lines(self._columns, rows, header=True))
+    @cached_property
+    def _board(self):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def _tensorboard(self):
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # With purge_step, readers hide what earlier event files hold at that step and later.
-            self._board = SummaryWriter(str(self.path.parent), purge_step=self._purge_step)
-            self._purge_step = None
-        return self._board
+        # Because of purge_step, readers hide what earlier event files hold from that step on.
+        return SummaryWriter(str(self.path.parent), purge_step=self._first_step)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
