@@ -1,10 +1,11 @@
 """What a run tells its user: log lines, progress, tables, TensorBoard, metrics.csv and pictures.
 
-Names of metrics (the columns of metrics.csv, after ``step`` and ``epoch``): ``train/loss``, ``train/loss_cls``, ``train/loss_dense``, ``train/lr``, ``train/grad_norm``,
-``train/images_per_s``, ``train/data_wait`` (share of the time, 0 to 1), and for both ``val`` (raw weights) and
-``val_ema`` (averaged weights) ``top1`` and ``top5`` in percent and ``loss``.
+Names of metrics, which are the columns of metrics.csv after ``step`` and ``epoch``: ``train/loss``, ``train/loss_cls``,
+``train/loss_dense``, ``train/grad_norm``, ``train/images_per_s``, ``train/data_wait`` (share of the time, 0 to 1),
+``train/lr``, and for both ``val`` (raw weights) and ``val_ema`` (averaged weights) ``top1`` and ``top5`` in percent and
+``loss``.
 
-TensorBoard and matplotlib are imported when they are first used: they take seconds, and many processes need none.
+TensorBoard and matplotlib are imported on first use: that takes seconds, and many processes need neither.
 """
 
 from volo.reporting.curves import plot_curves
