@@ -1,4 +1,4 @@
-"""scripts/benchmark.py runs and compares what it says; the numbers are for people."""
+"""scripts/benchmark/model.py runs and compares what it says; the numbers are for people."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 from programs import ROOT
 from sklearn.datasets import load_sample_images
 
-SCRIPT = ROOT / "scripts" / "benchmark.py"
+SCRIPT = ROOT / "scripts" / "benchmark" / "model.py"
 
 
 def benchmark(tmp_path, *words: str) -> list[dict]:
@@ -57,7 +57,7 @@ def test_memory_counts_what_each_keeps(tmp_path):
 
 
 def test_batches_that_fit_follow_from_the_bytes():
-    spec = importlib.util.spec_from_file_location("benchmark_memory", SCRIPT.with_name("benchmark_memory.py"))
+    spec = importlib.util.spec_from_file_location("benchmark_memory", SCRIPT.with_name("memory.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # 100 million parameters are 2 GB of state, and 2 GB stay free: 20, 36 and 76 GB are left for images of 1 GB.

@@ -52,6 +52,6 @@ class LoaderVerdict:
             )
         return (
             f"the loader is the bottleneck: the network waits {100 * share:.0f} % of the time for images. {who}, "
-            f"{rate:,.0f} images/s are trained on{could}. {advice[0].upper()}{advice[1:]}; scripts/benchmark.py loader "
-            "tells where the time goes"
+            f"{rate:,.0f} images/s are trained on{could}. {advice[0].upper()}{advice[1:]}; "
+            "scripts/benchmark/model.py loader tells where the time goes"
         )

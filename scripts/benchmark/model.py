@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Time VOLO side by side with timm: alternating in one process, medians and spread.
 
-    python scripts/benchmark.py op      one outlook attention layer, with its projections
-    python scripts/benchmark.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
-    python scripts/benchmark.py train   forward and backward pass of a training step
-    python scripts/benchmark.py profile where the time of ours and timm's goes, by kind of work
-    python scripts/benchmark.py memory  bytes kept between forward and backward, an image
-    python scripts/benchmark.py growth  time and memory against resolution and batch
-    python scripts/benchmark.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
-    python scripts/benchmark.py loader --data FOLDER   images/s a core, beside timm's loader (loader --help)
+    python scripts/benchmark/model.py op      one outlook attention layer, with its projections
+    python scripts/benchmark/model.py model   the forward pass of inference, and ViT-S for what its arithmetic costs
+    python scripts/benchmark/model.py train   forward and backward pass of a training step
+    python scripts/benchmark/model.py profile where the time of ours and timm's goes, by kind of work
+    python scripts/benchmark/model.py memory  bytes kept between forward and backward, an image
+    python scripts/benchmark/model.py growth  time and memory against resolution and batch
+    python scripts/benchmark/model.py fit     the batch that 24, 40 and 80 GB have room for, for every published network
+    python scripts/benchmark/model.py loader --data FOLDER   images/s a core, beside timm's loader (loader --help)
 
 Every round times each of them once, one right after the other; a ratio is the median of the rounds' own ratios, so
 what slows the machine for a while slows both sides of it. A ratio above 1 says that ours is faster. "products alone" is
@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import benchmark_memory
+import memory as memory_of
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_memory import batches, kept_bytes, summed
-from benchmark_output import cpu_name, print_table, show_progress
-from benchmark_profile import profiled
+from memory import batches, kept_bytes, summed
+from output import cpu_name, print_table, show_progress
+from profiling import profiled
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,9 +52,9 @@ Step = Callable[[], object]
 
 def main() -> None:
     if sys.argv[1:2] == ["loader"]:
-        import benchmark_loader  # with options of its own
+        import loader  # with options of its own
 
-        return benchmark_loader.main(sys.argv[2:])
+        return loader.main(sys.argv[2:])
     args = parse()
     torch.manual_seed(0)
     bench = Bench(args)
@@ -250,7 +250,7 @@ def fit(bench: Bench) -> tuple[list[dict], list[str]]:
             mb = bench.kept_mb(bench.ours(side, mode, network.name), bench.noise(side))
             row |= {f"{mode}, MB an image": mb, f"{mode}, batch": batches(mb * 1e6, network.params)}
         rows.append(row)
-    return rows, [benchmark_memory.__doc__.replace("\n", " ").strip()]
+    return rows, [memory_of.__doc__.replace("\n", " ").strip()]
 
 
 class TrainForward(nn.Module):

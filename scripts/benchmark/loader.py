@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py loader` does: images a second a core, beside the loaders this one replaces.
+"""What `scripts/benchmark/model.py loader` does: images a second a core, beside the loaders this one replaces.
 
 The contenders run in this process on one thread, in turn over the same few images, so that what slows the machine
 slows them all; a ratio is the median of the rounds' own. The clock counts the time of the core: what a busy machine or
@@ -25,7 +25,7 @@ from statistics import median, quantiles
 
 import numpy as np
 import torch
-from benchmark_output import cpu_name, print_table, show_progress
+from output import cpu_name, print_table, show_progress
 from timm.data import ImageDataset, create_loader
 
 from volo.config import AugmentConfig
@@ -75,7 +75,7 @@ def main(words: list[str]) -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmark.py loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="model.py loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, help="any folder of images, with or without folders in it")
     parser.add_argument("--images", type=int, default=200, help="how many of them are read (default: 200)")
