@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -25,7 +25,7 @@ class RecipeParser(ArgumentParser):
 
     options_class: type = Config  # whose fields its options are
 
-    def error(self, message, ex=None):
+    def error(self, message, ex=None) -> NoReturn:
         hint = self._nearest(str(message))
         message = _in_one_line(str(message), self.options_class)
         if not self.exit_on_error:
@@ -40,10 +40,10 @@ class RecipeParser(ArgumentParser):
         if group:
             wanted = f"{group[1]}.{group[2]}"
         else:
-            found = re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", message)
+            found = re.search(r"(?:unrecognized arguments: --|Option ')([\w.-]+)", message)
             if not found:
                 return ""
-            wanted = found[1]
+            wanted = found[1].replace("-", "_")  # options of scripts once had hyphens
         if remedy := REMOVED_FIELDS.get(tuple(wanted.split("."))):
             return f". That option is gone: {remedy}"
         if wanted == "geometry":  # of the scripts for token labels
@@ -74,19 +74,38 @@ def build_parser(prog: str, description: str) -> RecipeParser:
 
 
 def parse_options(
-    options_class: type[_Options], argv: list[str], *, prog: str, usage: str, description: str
+    options_class: type[_Options], argv: list[str], *, prog: str, usage: str | None, description: str
 ) -> _Options:
-    """Return the options of a script, a dataclass, from its command line.
+    """Return the options of a script, a dataclass, from its command line; without ``usage``, it is made from them.
 
     Exits with code 2 and a message when something is unknown, of a wrong type or contradicts another option.
     """
-    parser = RecipeParser(prog=prog, description=description, usage=f"{prog} {usage}", allow_abbrev=False)
+    usage = f"{prog} {usage}" if usage else None
+    parser = RecipeParser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.options_class = options_class
     parser.add_class_arguments(options_class)
     try:
         return options_class(**vars(parser.parse_args(argv)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_command(commands: dict[str, type[_Options]], argv: list[str], *, prog: str, description: str) -> _Options:
+    """Return the options of a script with commands: an instance of the class of the command that ``argv`` begins with.
+
+    Exits as :func:`parse_options` does.
+    """
+    summaries = {name: (options_class.__doc__ or "").splitlines()[0] for name, options_class in commands.items()}
+    if argv and argv[0] in commands:
+        return parse_options(
+            commands[argv[0]], argv[1:], prog=f"{prog} {argv[0]}", usage=None, description=summaries[argv[0]]
+        )
+    parser = RecipeParser(prog=prog, description=description, allow_abbrev=False)
+    subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, summary in summaries.items():
+        subcommands.add_subcommand(name, RecipeParser(), help=summary)
+    parser.parse_args(argv)
+    parser.error(f"give one of {', '.join(commands)} first")
 
 
 def parse(parser: RecipeParser, argv: list[str]) -> tuple[Config, dict]:

@@ -1,5 +1,6 @@
-"""scripts/prepare_imagenet.py on tiny archives of the official names: what it writes, and going on after a stop."""
+"""scripts/prepare_imagenet.py on tiny archives with the official names: what it writes, and resuming after a stop."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,16 +18,15 @@ from volo.config import DataConfig
 from volo.data.sources import archive_index
 from volo.data.sources.archives import ArchiveSource
 from volo.data.sources.formats import open_split
-from volo.data.sources.listing_cache import ListingCache
-from volo.prepare_imagenet.official import MD5, ImageNetFiles
-from volo.prepare_imagenet.shard import ShardOptions, run_shard
+from volo.prepare_imagenet import verify
+from volo.prepare_imagenet.options import ShardOptions, UnpackOptions
+from volo.prepare_imagenet.shard import run_shard
 from volo.prepare_imagenet.unpack import run_unpack
-from volo.prepare_imagenet.verify import md5_of
 
 SCRIPT = ROOT / "scripts/prepare_imagenet.py"
 CLASSES = ("n01440764", "n01443537", "n02119789")
 COUNTS = (11, 7)
-EXPECT = ("--expect", *COUNTS)
+EXPECT = ("--expect_train", COUNTS[0], "--expect_val", COUNTS[1])
 
 
 @pytest.fixture(scope="module")
@@ -55,40 +55,47 @@ def source(images, tmp_path) -> Path:
     return folder
 
 
-def prepare(command: str, source: Path, *words, **options):
-    cwd = source.parent
-    return run(SCRIPT, command, "--source", source, "--cache", cwd / "cache", *words, cwd=cwd, **options)
+def prepare(command: str, source: Path, *words):
+    cache = () if command == "verify" else ("--cache", source.parent / "cache")
+    return run(SCRIPT, command, "--source", source, *cache, *words, cwd=source.parent)
+
+
+def options_of(options_class: type, source: Path, output: Path, **changes):
+    """Options to call a command in this process."""
+    counts = {"expect_train": COUNTS[0], "expect_val": COUNTS[1]}
+    return options_class(source=str(source), output=str(output), cache="none", **counts, **changes)
 
 
 # ---------------------------------------------------------------------------------------------------------- verify
 
 
-def test_verify_knows_the_official_checksums(source):
+def test_verify_finds_archives_that_differ(source):
     ended = prepare("verify", source)
-    ended.assert_failed(FAILED, "ILSVRC2012_img_train.tar", MD5["ILSVRC2012_img_train.tar"], "Fetch it again")
+    # The published checksums, as torchvision has them.
+    ended.assert_failed(FAILED, "ILSVRC2012_img_train.tar", "1d675b47d978889d74fa0da5fadfb00e")
     assert ended.out.count("DIFFERS") == 3
 
 
-def test_verify_takes_checksums(source):
-    given = [f"{name}={hashlib.md5((source / name).read_bytes()).hexdigest().upper()}" for name in MD5]
-    words = [word for text in given for word in ("--md5", text)]
-    ended = prepare("verify", source, *words).assert_done()
-    assert ended.out.count("as published") == 3 and "3 files are whole" in ended.out
-    (source / formats.DEVKIT).unlink()
-    ended = prepare("verify", source, *words[:4]).assert_done()
-    assert "2 files are whole; not there: ILSVRC2012_devkit_t12.tar.gz" in ended.out
+def test_verify_accepts_archives_with_the_published_checksums(source, monkeypatch, caplog):
+    """The published checksums stand in for those of the tiny archives."""
+    names = {split: name for split, (name, _) in verify.ARCHIVE_META.items()}
+    sums = {split: (name, hashlib.md5((source / name).read_bytes()).hexdigest()) for split, name in names.items()}
+    monkeypatch.setattr(verify, "ARCHIVE_META", sums)
+    (source / names["devkit"]).unlink()
+    with caplog.at_level("INFO", "volo"):
+        assert verify.run_verify(str(source)) == DONE
+    told = [record.getMessage() for record in caplog.records]
+    assert [line for line in told if line.startswith("as published")] == told[:2]
+    assert "missing: ILSVRC2012_devkit_t12.tar.gz" in told[2]
+
+    with open(source / names["val"], "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=names["val"]):
+        verify.run_verify(str(source))
 
 
-def test_a_checksum_is_computed_again_where_the_file_changed(tmp_path, monkeypatch):
-    file = tmp_path / "a.tar"
-    listing_cache = ListingCache(tmp_path / "cache")
-    for content in (b"one", b"two!"):
-        file.write_bytes(content)
-        formats.settle(file)
-        assert md5_of(file, listing_cache) == hashlib.md5(content).hexdigest()
-    expected = hashlib.md5(b"two!").hexdigest()
-    monkeypatch.setattr(hashlib, "md5", None)  # and only there
-    assert md5_of(file, listing_cache) == expected
+def test_verify_needs_an_archive(tmp_path):
+    prepare("verify", tmp_path / "none").assert_failed(USAGE, "--source", "ILSVRC2012_img_train.tar")
 
 
 # ----------------------------------------------------------------------------------------------------------- index
@@ -98,7 +105,7 @@ def test_after_indexing_training_need_not(source, images, monkeypatch):
     for file in source.iterdir():
         formats.settle(file)
     ended = prepare("index", source, *EXPECT).assert_done()
-    assert "train 11 images, val 7 images, as many as there are to be" in ended.out
+    assert "train 11 images, val 7 images, as expected" in ended.out
     assert f"--data.root {source}" in ended.out
     monkeypatch.setattr(archive_index, "_go_through", None)
     data = DataConfig(str(source), cache=str(source.parent / "cache"))
@@ -108,28 +115,35 @@ def test_after_indexing_training_need_not(source, images, monkeypatch):
 
 def test_counts_are_checked(source):
     prepare("index", source).assert_failed(FAILED, "train has 11 images, not 1,281,167; val has 7 images, not 50,000")
-    ended = prepare("index", source, "--splits", "val", "--expect", 8)
-    ended.assert_failed(FAILED, "val has 7 images, not 8", "--expect")
+    ended = prepare("index", source, "--split", "val", "--expect_val", 8)
+    ended.assert_failed(FAILED, "val has 7 images, not 8", "--expect_val")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("command", "words", "told"),
     [
-        (("--expect", 3), "--expect has 1 counts for 2 splits"),
-        (("--splits", "test"), "invalid choice"),
-        (("--devkit", "nothing.tar.gz"), "--devkit is 'nothing.tar.gz', which is not a file"),
+        ("index", ("--split", "test"), "--split is test"),
+        ("index", ("--devkit", "nothing.tar.gz"), "--devkit is 'nothing.tar.gz', which is not a file"),
+        ("index", ("--splits", "val"), "split"),
+        ("index", ("--output", "out"), "--output"),
+        ("unpack", (), "output"),
+        ("shard", ("--output", "out", "--max_side", 3), "--max_side is 3; it should be 32 ... 65,536"),
+        ("shard", ("--output", "out", "--max-side", 40), "max_side"),
+        ("shard", ("--output", "out", "--images", 4), "images_per_shard"),
+        ("fetch", (), "unpack"),
     ],
 )
-def test_wrong_usage(source, words, told):
-    ended = prepare("index", source, *words)
-    assert ended.code == USAGE and told in ended.err
+def test_wrong_usage(source, command, words, told):
+    before = sorted(source.parent.iterdir())
+    prepare(command, source, *words).assert_failed(USAGE, told)
+    assert sorted(source.parent.iterdir()) == before
 
 
 def test_without_the_development_kit_the_validation_set_has_no_classes(source):
     (source / formats.DEVKIT).unlink()
     prepare("index", source, *EXPECT).assert_failed(USAGE, "7 of 7 images", "--devkit")
     (source / "ILSVRC2012_img_train.tar").unlink()
-    prepare("index", source, *EXPECT).assert_failed(USAGE, "has no such folder", "ILSVRC2012_img_val.tar")
+    prepare("index", source, *EXPECT).assert_failed(USAGE, "ILSVRC2012_img_val.tar")
 
 
 # ---------------------------------------------------------------------------------------------------------- unpack
@@ -139,13 +153,13 @@ def test_without_the_development_kit_the_validation_set_has_no_classes(source):
 def test_archives_are_not_written_over(source, command):
     before = sorted(source.iterdir())
     ended = prepare(command, source, "--output", source / "../source", *EXPECT)
-    assert ended.code == USAGE and "is --source; name another folder" in ended.err
+    ended.assert_failed(USAGE, "--output", "--source")
     assert sorted(source.iterdir()) == before
 
 
 def test_unpacked_archives_are_the_folders_they_were_made_of(source, images, tmp_path):
     ended = prepare("unpack", source, "--output", "out", *EXPECT).assert_done()
-    assert "as many as there are to be" in ended.out
+    assert "train 11 images, val 7 images" in ended.out
     for split, files in images.items():
         assert formats.files_of(tmp_path / "out" / split) == dict(sorted(files.items()))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -154,14 +168,14 @@ def test_unpacked_archives_are_the_folders_they_were_made_of(source, images, tmp
 
     (tmp_path / "out/train/n01440764/n01440764_0.JPEG").unlink()
     ended = prepare("unpack", source, "--output", "out", *EXPECT)
-    ended.assert_failed(FAILED, "out/train/n01440764 has 3 files and should have 4; remove it and run again")
+    ended.assert_failed(FAILED, "out/train/n01440764 has 3 files and should have 4")
     (tmp_path / "out/train/mine").mkdir()
     ended = prepare("unpack", source, "--output", "out", *EXPECT)
-    ended.assert_failed(USAGE, "holds mine, which is no class")
+    ended.assert_failed(USAGE, "out/train holds mine")
 
 
 class Interrupted:
-    """Reads of archives that stop at one of them, once, as Ctrl-C does; counts them."""
+    """Counts reads of archives, and interrupts one of them as Ctrl-C does."""
 
     def __init__(self, monkeypatch, at: int):
         self.reads, self.at = 0, at
@@ -177,25 +191,26 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("at", [1, 6, 11, 12, 18])
-def test_unpacking_goes_on_after_an_interruption(source, images, tmp_path, monkeypatch, at):
+def test_unpacking_resumes_after_an_interruption(source, images, tmp_path, monkeypatch, at):
     reads = Interrupted(monkeypatch, at)
-    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out")
+    options = options_of(UnpackOptions, source, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        run_unpack(*words)
+        run_unpack(options)
     whole = {path.parent for path in (tmp_path / "out").glob("*/[!.]*/*")}
     kept = sum(len(list(folder.iterdir())) for folder in whole)
     reads.reads = 20
-    assert run_unpack(*words) == DONE and reads.reads == 20 + sum(COUNTS) - kept
+    assert run_unpack(options) == DONE and reads.reads == 20 + sum(COUNTS) - kept
     for split, files in images.items():
         assert formats.files_of(tmp_path / "out" / split) == dict(sorted(files.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------- shard
 
-OPTIONS = ("--max-side", 40, "--images", 4, "--output", "out", *EXPECT)
+SMALL = {"max_side": 40, "quality": 80, "images_per_shard": 4, "workers": 1}
+OPTIONS = ("--max_side", 40, "--images_per_shard", 4, "--output", "out", *EXPECT)
 
 
-def test_shards_hold_every_image_and_the_words_what_changed(source, images, tmp_path):
+def test_shards_hold_every_image_and_the_log_what_changed(source, images, tmp_path):
     ended = prepare("shard", source, *OPTIONS, "--quality", 80, "--workers", 2).assert_done()
     for split, files in images.items():
         shards = sorted(str(path) for path in (tmp_path / "out" / split).glob("*.tar"))
@@ -217,9 +232,9 @@ def test_shards_hold_every_image_and_the_words_what_changed(source, images, tmp_
             was.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(expected, "JPEG", quality=80)
             assert sample["jpg"] == expected.getvalue()
         before = sum(map(len, files.values()))
-        told = f"{split}: {len(files)} images, {resized} ({100 * resized / len(files):.1f} %) made smaller; {before:,}"
+        told = f"{split}: {len(files)} images, {resized} ({100 * resized / len(files):.1f} %) resized; {before:,}"
         assert f"{told} bytes before, {after:,} after ({100 * after / before:.1f} %)" in ended.out
-    assert "1 cannot be read and stay as they are: cannot read" in ended.out and "n01440764_9.JPEG" in ended.out
+    assert "1 unreadable" in ended.out and "n01440764_9.JPEG" in ended.out
     assert " of 255 (" in ended.out
     data = DataConfig(str(tmp_path / "out"), cache="none")
     for split, files in images.items():
@@ -228,57 +243,65 @@ def test_shards_hold_every_image_and_the_words_what_changed(source, images, tmp_
 
     prepare("shard", source, *OPTIONS, "--quality", 70).assert_failed(USAGE, "quality was 80, is 70", "--output")
     again = prepare("shard", source, *OPTIONS, "--quality", 80).assert_done()
-    assert "3 of 3 shards are there already" in again.out and again.out.splitlines()[-3:] == ended.out.splitlines()[-3:]
+    assert "3 of 3 shards exist already" in again.out and again.out.splitlines()[-3:] == ended.out.splitlines()[-3:]
 
 
 @pytest.mark.parametrize("at", [1, 5, 8, 18])
-def test_sharding_goes_on_after_an_interruption(source, tmp_path, monkeypatch, at):
-    def contents(folder: str) -> dict[str, bytes]:
-        return {name: data for name, data in formats.files_of(tmp_path / folder).items() if ".partial" not in name}
-
-    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), ShardOptions(40, 80, 4)
-    run_shard(words[0], str(tmp_path / "straight"), words[1])
+def test_sharding_resumes_after_an_interruption(source, tmp_path, monkeypatch, at):
+    straight = options_of(ShardOptions, source, tmp_path / "straight", **SMALL)
+    run_shard(straight)
+    options = dataclasses.replace(straight, output=str(tmp_path / "out"))
     reads = Interrupted(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
-        run_shard(words[0], str(tmp_path / "out"), words[1])
-    done = contents("out")
-    run_shard(words[0], str(tmp_path / "out"), words[1])
-    assert contents("out") == contents("straight")
+        run_shard(options)
+    done = formats.files_of(tmp_path / "out")
+    (tmp_path / "out/train/.train-000002.tar.0123.tmp").write_bytes(b"left by a killed run")
+    run_shard(options)
+    assert formats.files_of(tmp_path / "out") == formats.files_of(tmp_path / "straight")
     kept = sum(json.loads(data)["images"] for name, data in done.items() if name.split("/")[-1].startswith("."))
     assert reads.reads == at + sum(COUNTS) - kept
 
 
-def test_a_shard_that_is_not_whole_is_written_again(source, tmp_path, caplog):
-    words = ImageNetFiles(str(source), expect=COUNTS, cache="none"), str(tmp_path / "out"), ShardOptions(40, 80, 4)
-    run_shard(*words)
+def test_shards_of_an_earlier_version_are_kept(source, tmp_path):
+    """shards.json called images_per_shard "images"."""
+    prepare("shard", source, *OPTIONS).assert_done()
+    about = tmp_path / "out/shards.json"
+    written = about.read_text()
+    about.write_text(written.replace('"images_per_shard": 4', '"images": 4'))
+    assert about.read_text() != written
+    assert "3 of 3 shards exist already" in prepare("shard", source, *OPTIONS).assert_done().out
+    assert about.read_text() == written
+    about.write_text(written.replace('"images_per_shard": 4', '"images": 5'))
+    prepare("shard", source, *OPTIONS).assert_failed(USAGE, "images_per_shard was 5, is 4")
+
+
+def test_an_incomplete_shard_is_written_again(source, tmp_path, caplog):
+    options = options_of(ShardOptions, source, tmp_path / "out", **SMALL)
+    run_shard(options)
     done = formats.files_of(tmp_path / "out")
     (tmp_path / "out/train/train-000001.tar").write_bytes(done["train/train-000000.tar"][:1024] + bytes(1024))
     (tmp_path / "out/val/val-000000.tar").write_bytes(b"no tar")
     with caplog.at_level("WARNING", "volo"):
-        run_shard(*words)
+        run_shard(options)
     assert formats.files_of(tmp_path / "out") == done
     warned = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert [record.getMessage().split(": ")[0].split("/")[-1] for record in warned] == [
-        "train-000001.tar has 0 images and not 4",
-        "val-000000.tar has 0 images and not 4",
-    ]
+    assert [record.args[0].name for record in warned] == ["train-000001.tar", "val-000000.tar"]
 
 
-def test_images_of_one_key_are_refused_before_anything_is_written(source, images, tmp_path):
+def test_images_that_share_a_key_are_refused_before_anything_is_written(source, images, tmp_path):
     twins = dict(images["train"])
     name = next(iter(twins))
     twins[name.replace(".JPEG", ".a.JPEG")] = twins[name.replace(".JPEG", "_a.JPEG")] = twins.pop(name)
     formats.write_tar_of_tars(source / "ILSVRC2012_img_train.tar", twins, tmp_path)
-    words = ("--max-side", 40, "--output", "out", "--expect", COUNTS[0] + 1, COUNTS[1])
-    prepare("shard", source, *words).assert_failed(USAGE, ".a.JPEG", "_a.JPEG", "rename one of them")
+    words = (*OPTIONS, "--expect_train", COUNTS[0] + 1)
+    prepare("shard", source, *words).assert_failed(USAGE, ".a.JPEG", "_a.JPEG")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_is_not_touched(source, tmp_path):
+def test_a_folder_with_other_files_is_left_as_it_is(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    prepare("shard", source, *OPTIONS).assert_failed(USAGE, "out exists already; it is not touched")
-    prepare("shard", source, *OPTIONS, "--max-side", 3).assert_failed(USAGE, "--max-side is 3; it is in [32, 65536]")
+    prepare("shard", source, *OPTIONS).assert_failed(USAGE, "--output out exists already")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -286,4 +309,4 @@ def test_help_needs_no_imports():
     for words in ((), ("shard",)):
         command = [sys.executable, "-X", "importtime", SCRIPT, *words, "--help"]
         ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-        assert "exit codes" in ended.stdout and "torch" not in ended.stderr
+        assert "usage: prepare_imagenet.py" in ended.stdout and "torch" not in ended.stderr

@@ -1,9 +1,9 @@
 """WebDataset shards of smaller images, for slow storage, and what making them smaller changes.
 
 OUTPUT/train/train-000000.tar, ...: KEY.jpg and KEY.cls, the key being class/name. Images are drawn into shards from a
-fixed seed, so that a reader which takes shard after shard sees classes mixed. Those whose longer side is beyond
-max_side are resized to it and encoded anew; all others, and those that cannot be read, stay as they are, byte for
-byte. A shard gets its name when it is whole, so an interrupted run goes on with the next.
+fixed seed, so that a reader which takes shard after shard sees mixed classes. Images whose longer side exceeds max_side
+are resized to it and encoded again; all others, and unreadable ones, stay as they are, byte for byte. A shard gets its
+name when it is complete, so an interrupted run resumes with the next one.
 """
 
 import io
@@ -25,47 +25,34 @@ from PIL import Image
 from volo.data.pixels.decode import UnreadableImage, read_image
 from volo.data.pixels.transforms import EvalTransform
 from volo.data.sources.records import ImageRecords
-from volo.prepare_imagenet.official import ImageNetFiles, require_free
+from volo.prepare_imagenet.official import check_counts, open_splits, require_free
+from volo.prepare_imagenet.options import ShardOptions
 from volo.reporting import ProgressBar
-from volo.runtime.files import sync_folder, write_atomic
+from volo.runtime.distributed import worker_count
+from volo.runtime.files import atomic_file, remove_temporary_files, write_atomic
 from volo.runtime.program import DONE, checking_usage
 from volo.runtime.rng import generator
 
 _logger = logging.getLogger("volo")
 
 ABOUT = "shards.json"
-# Of the images of a shard that are encoded anew, so many are compared with what they were, and then one of so many.
+# In each shard the first 20 resized images are compared with their originals, and every 20th after them.
 _COMPARED = 20
-_AS_SEEN = EvalTransform((224, 224), 0.96, "bicubic")
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How images become smaller, and how many lie in a shard.
-
-    Args:
-        max_side: Longest side in pixels.
-        quality: JPEG quality of what is encoded anew.
-        images: Images of a shard.
-        workers: Processes.
-    """
-
-    max_side: int = 512
-    quality: int = 90
-    images: int = 1000
-    workers: int = 1
-
-    def __post_init__(self):
-        for name, least, most in (("max_side", 32, 1 << 16), ("quality", 1, 100), ("images", 1, 1 << 20)):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it is in [{least}, {most}]")
+_EVAL = EvalTransform((224, 224), 0.96, "bicubic")
 
 
 @dataclass
 class Changes:
-    """What became of images: how many, encoded anew, unreadable; bytes before and after; and, for those compared, the
-    sum over images of the mean absolute difference (of 255) of what the network sees at 224 px."""
+    """What happened to a set of images.
+
+    Args:
+        images: Number of images.
+        resized: How many of them were resized and encoded again.
+        bytes_before, bytes_after: Size of all images.
+        compared: How many resized images were compared with their originals.
+        difference: Sum over the compared images of the mean absolute difference, of 255, at 224 px.
+        unreadable: One message per unreadable image.
+    """
 
     images: int = 0
     resized: int = 0
@@ -82,40 +69,40 @@ class Changes:
     def __str__(self) -> str:
         share, resized = self.bytes_after / max(self.bytes_before, 1), self.resized / max(self.images, 1)
         difference = f"{self.difference / self.compared:.2f} of 255" if self.compared else "nothing to compare"
-        unread = f"; {len(self.unreadable)} cannot be read and stay as they are: " if self.unreadable else ""
+        unreadable = f"; {len(self.unreadable)} unreadable, kept as they are: " if self.unreadable else ""
         return (
-            f"{self.images:,} images, {self.resized:,} ({100 * resized:.1f} %) made smaller; "
-            f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after ({100 * share:.1f} %); mean difference at "
-            f"224 px of those made smaller: {difference} ({self.compared:,} compared){unread}"
+            f"{self.images:,} images, {self.resized:,} ({100 * resized:.1f} %) resized; "
+            f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after ({100 * share:.1f} %); mean difference of "
+            f"resized images at 224 px: {difference} ({self.compared:,} compared){unreadable}"
             + "; ".join(self.unreadable[:10])
         )
 
 
-def run_shard(source: ImageNetFiles, output: str, options: ShardOptions) -> int:
-    """Write the shards of every split, count, and say what has changed; return the exit code."""
-    folder = Path(output)
+def run_shard(options: ShardOptions) -> int:
+    """Write the shards of every split, check the counts and report the changes; return the exit code."""
+    folder = Path(options.output)
     with checking_usage():
-        splits = source.open()
-        source.check({split: len(records) for split, records in splits.items()})
+        splits = open_splits(options)
+        check_counts(options, {split: len(records) for split, records in splits.items()})
         about = identity(splits, options)
         require_free(folder, ABOUT)
         require_same(folder / ABOUT, about)
         for records in splits.values():
-            require_own_keys(records)
+            require_unique_keys(records)
     write_atomic(folder / ABOUT, json.dumps(about, indent=1))
     changes = {split: write_shards(records, folder / split, split, options) for split, records in splits.items()}
-    told = source.check({split: change.images for split, change in changes.items()})
+    counts = check_counts(options, {split: change.images for split, change in changes.items()})
     for split, change in changes.items():
         _logger.info("%s: %s", split, change)
     about["changes"] = {split: str(change) for split, change in changes.items()}
     write_atomic(folder / ABOUT, json.dumps(about, indent=1))
-    _logger.info("%s: %s; train on it as it is: --data.root %s", output, told, output)
+    _logger.info("%s: %s; train on it directly: --data.root %s", folder, counts, folder)
     return DONE
 
 
 def identity(splits: dict[str, ImageRecords], options: ShardOptions) -> dict:
-    """Return all that the shards depend on."""
-    about = {name: value for name, value in asdict(options).items() if name != "workers"}
+    """Return everything that the shards depend on."""
+    about: dict = {name: getattr(options, name) for name in ("max_side", "quality", "images_per_shard")}
     for split, records in splits.items():
         digest = sha256(records.names.text.tobytes() + records.labels.tobytes()).hexdigest()
         about[split] = f"{len(records)} images, sha256 {digest}"
@@ -123,21 +110,21 @@ def identity(splits: dict[str, ImageRecords], options: ShardOptions) -> dict:
 
 
 def require_same(path: Path, about: dict) -> None:
-    """Raise ValueError where the shards that are there were made of other images, or otherwise."""
+    """Raise ValueError if ``path`` says that the shards beside it were made of other images, or with other options."""
     try:
         before = json.loads(path.read_text())
     except FileNotFoundError:
         return
     except ValueError as error:
         raise ValueError(f"{path} is damaged; remove the folder, or name another --output") from error
-    differs = [name for name, value in about.items() if before.get(name) != value]
-    if differs:
-        told = "; ".join(f"{name} was {before.get(name)}, is {about[name]}" for name in differs)
-        raise ValueError(f"{path.parent} holds shards of another kind ({told}): name another --output")
+    before.setdefault("images_per_shard", before.get("images"))  # its name in earlier versions
+    changed = [f"{name} was {before.get(name)}, is {new}" for name, new in about.items() if before.get(name) != new]
+    if changed:
+        raise ValueError(f"{path.parent} holds other shards ({'; '.join(changed)}): name another --output")
 
 
-def require_own_keys(records: ImageRecords) -> None:
-    """Raise ValueError where two images would have one key, and one of them be lost."""
+def require_unique_keys(records: ImageRecords) -> None:
+    """Raise ValueError if two images would share a key: one of them would be lost."""
     first: dict[str, int] = {}
     for index in range(len(records)):
         if (other := first.setdefault(_key(records, index), index)) != index:
@@ -148,16 +135,19 @@ def require_own_keys(records: ImageRecords) -> None:
 
 
 def write_shards(records: ImageRecords, folder: Path, split: str, options: ShardOptions) -> Changes:
-    """Write what is missing of a split's shards; return what has changed in all of them."""
+    """Write the missing shards of a split; return the changes of all its shards."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(folder)
     order = generator(0, "shards", 0, 0).permutation(len(records))
-    cut = [order[start : start + options.images] for start in range(0, len(order), options.images)]
-    jobs = [(folder / f"{split}-{number:06d}.tar", indices) for number, indices in enumerate(cut)]
-    waiting = [job for job in jobs if not _is_whole(*job)]
-    if len(waiting) < len(jobs):
-        _logger.info("%s: %d of %d shards are there already", folder, len(jobs) - len(waiting), len(jobs))
-    bar = ProgressBar(len(jobs), f"shards of {split}", log_every=max(len(jobs) // 20, 1), done=len(jobs) - len(waiting))
-    for _ in _in_processes(records, waiting, options):
+    size = options.images_per_shard
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    jobs = [(folder / f"{split}-{number:06d}.tar", indices) for number, indices in enumerate(groups)]
+    remaining = [job for job in jobs if not _is_complete(*job)]
+    done = len(jobs) - len(remaining)
+    if done:
+        _logger.info("%s: %d of %d shards exist already", folder, done, len(jobs))
+    bar = ProgressBar(len(jobs), f"shards of {split}", log_every=max(len(jobs) // 20, 1), done=done)
+    for _ in _in_processes(records, remaining, options):
         bar.update(1)
     bar.close()
     changes = Changes()
@@ -170,8 +160,8 @@ def _changes_file(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.json")
 
 
-def _is_whole(shard: Path, indices: np.ndarray) -> bool:
-    """Tell whether a shard is there, with as many images as it is to have."""
+def _is_complete(shard: Path, indices: np.ndarray) -> bool:
+    """Tell whether a shard exists with as many images as it should have."""
     if not (shard.exists() and _changes_file(shard).exists()):
         return False
     try:
@@ -180,7 +170,7 @@ def _is_whole(shard: Path, indices: np.ndarray) -> bool:
     except tarfile.TarError:
         images = 0
     if images != len(indices):
-        _logger.warning("%s has %d images and not %d: it is written again", shard, images, len(indices))
+        _logger.warning("%s has %d images instead of %d; it is written again", shard, images, len(indices))
     return images == len(indices)
 
 
@@ -196,11 +186,12 @@ _work: tuple[ImageRecords, ShardOptions] | None = None  # of a forked process
 def _in_processes(records: ImageRecords, jobs: list, options: ShardOptions) -> Iterator[None]:
     global _work
     _work = records, options
-    if options.workers <= 1:
+    workers = worker_count(options.workers)
+    if workers <= 1:
         yield from map(_write_shard, jobs)
         return
     # Forked, the processes share the index of the images.
-    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("fork"), initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_ignore_interrupt)
     try:
         yield from pool.map(_write_shard, jobs)
     finally:
@@ -208,15 +199,15 @@ def _in_processes(records: ImageRecords, jobs: list, options: ShardOptions) -> I
 
 
 def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the shards under way are finished, and the first process ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run, after the shards in progress
 
 
 def _write_shard(job: tuple[Path, np.ndarray]) -> None:
+    assert _work is not None
     path, indices = job
     records, options = _work
     changes = Changes()
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with atomic_file(path) as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
             for index in indices.tolist():
                 data, suffix = smaller(records, index, options, changes)
@@ -225,11 +216,8 @@ def _write_shard(job: tuple[Path, np.ndarray]) -> None:
                     member = tarfile.TarInfo(f"{_key(records, index)}.{ending}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-    write_atomic(_changes_file(path), json.dumps(asdict(changes)))
-    os.replace(partial, path)
-    sync_folder(path.parent)
+        # Before the shard gets its name: a shard without this file counts as missing.
+        write_atomic(_changes_file(path), json.dumps(asdict(changes)))
 
 
 def smaller(records: ImageRecords, index: int, options: ShardOptions, changes: Changes) -> tuple[bytes, str]:
@@ -266,5 +254,5 @@ def _encoded(image: Image.Image, options: ShardOptions) -> bytes:
 
 
 def _difference(before: Image.Image, after: Image.Image) -> float:
-    one, other = (_AS_SEEN(image).astype(np.float64) for image in (before, after))
+    one, other = (_EVAL(image).astype(np.float64) for image in (before, after))
     return float(np.abs(one - other).mean())

@@ -1,7 +1,7 @@
-"""From archives to one folder a class: OUTPUT/train/<synset>/*.JPEG and OUTPUT/val/<synset>/*.JPEG.
+"""From archives to one folder per class: OUTPUT/train/<synset>/*.JPEG and OUTPUT/val/<synset>/*.JPEG.
 
-A class is written into a hidden folder, which gets its name when the class is whole; so a run that is interrupted
-leaves whole classes, and the next one goes on with the others.
+A class is written into a hidden folder, which is renamed when the class is complete. So an interrupted run leaves
+complete classes, and the next one continues with the others.
 """
 
 import logging
@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from volo.data.sources.records import ImageRecords
-from volo.prepare_imagenet.official import ImageNetFiles
+from volo.prepare_imagenet.official import check_counts, open_splits
+from volo.prepare_imagenet.options import UnpackOptions
 from volo.reporting import ProgressBar
 from volo.runtime.files import sync_folder
 from volo.runtime.program import DONE, checking_usage
@@ -23,70 +24,74 @@ _THREADS = 16
 _logger = logging.getLogger("volo")
 
 
-def run_unpack(source: ImageNetFiles, output: str) -> int:
-    """Unpack every split, and count; return the exit code."""
+def run_unpack(options: UnpackOptions) -> int:
+    """Unpack every split and check the counts; return the exit code."""
+    output = Path(options.output)
     with checking_usage():
-        splits = source.open()
+        splits = open_splits(options)
         for split, records in splits.items():
-            require_ours(Path(output, split), records)
-        source.check({split: len(records) for split, records in splits.items()})
+            require_only_classes(output / split, records)
+        check_counts(options, {split: len(records) for split, records in splits.items()})
     for split, records in splits.items():
-        unpack(records, Path(output, split))
-    counts = {split: sum(1 for _ in Path(output, split).glob("*/*")) for split in splits}
-    _logger.info("%s: %s", output, source.check(counts))
+        unpack(records, output / split)
+    counts = {split: sum(1 for _ in (output / split).glob("*/*")) for split in splits}
+    _logger.info("%s: %s", output, check_counts(options, counts))
     return DONE
 
 
-def require_ours(folder: Path, records: ImageRecords) -> None:
-    """Raise ValueError where ``folder`` holds what unpacking does not put there."""
+def require_only_classes(folder: Path, records: ImageRecords) -> None:
+    """Raise ValueError if ``folder`` holds anything that unpacking does not put there."""
     if not folder.exists():
         return
     others = [entry.name for entry in folder.iterdir() if entry.name.removeprefix(".") not in records.classes]
     if others:
         raise ValueError(
-            f"{folder} holds {others[0]}, which is no class of these images; name another --output, or move it away"
+            f"{folder} holds {others[0]}, which is not a class of these images; name another --output, or move it away"
         )
 
 
 def unpack(records: ImageRecords, folder: Path) -> None:
     """Write the images into ``folder``; classes that are there, with as many files, are kept.
 
-    Raises ValueError where a folder has another number of files.
+    Raises ValueError if a class folder has another number of files.
     """
     bar = ProgressBar(len(records), f"unpacking {folder}", log_every=max(len(records) // 20, 1))
     for label, name in enumerate(records.classes):
-        mine = np.flatnonzero(records.labels == label)
-        whole = folder / name
-        if not len(mine):
+        indices = np.flatnonzero(records.labels == label)
+        complete = folder / name
+        if not len(indices):
             continue
-        if whole.exists():
-            found = len(os.listdir(whole))
-            if found != len(mine):
-                raise ValueError(f"{whole} has {found:,} files and should have {len(mine):,}; remove it and run again")
+        if complete.exists():
+            found = len(os.listdir(complete))
+            if found != len(indices):
+                raise ValueError(
+                    f"{complete} has {found:,} files and should have {len(indices):,}; remove it and run again"
+                )
         else:
-            _write_class(records, mine, folder / f".{name}", whole)
-        bar.update(len(mine))
+            _write_class(records, indices, folder / f".{name}", complete)
+        bar.update(len(indices))
     bar.close()
 
 
-def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, whole: Path) -> None:
-    """Write the images of a class; its folder gets its name when they, and their names, are on the disk."""
+def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, complete: Path) -> None:
+    """Write the images of a class; its folder gets its name when all files and their names are on disk."""
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     paths = [partial / os.path.basename(records.name(index)) for index in indices.tolist()]
     if len(set(paths)) != len(paths):
-        raise ValueError(f"images of {whole.name} have the same name; they cannot lie in one folder")
+        raise ValueError(f"images of {complete.name} have the same name, so one folder cannot hold them")
     with ThreadPoolExecutor(_THREADS) as pool:  # one after the other would wait for the disk each time
-        for begin in range(0, len(paths), 4 * _THREADS):  # their contents are held at once
+        for begin in range(0, len(paths), 4 * _THREADS):  # the contents of one round are in memory at once
             some = slice(begin, begin + 4 * _THREADS)
             list(pool.map(_write, paths[some], map(records.read, indices[some].tolist())))
     sync_folder(partial)
-    os.replace(partial, whole)
-    sync_folder(whole.parent)
+    os.replace(partial, complete)
+    sync_folder(complete.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
+    # Without the renaming of runtime/files.py: here the folder is renamed, once for all of its files.
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
