@@ -1,21 +1,24 @@
+#!/usr/bin/env python
 """Write scikit-learn's handwritten digits as a folder in ImageNet's layout, for the quickstart.
 
-    python scripts/make_digits.py [--output data/digits]
+    python scripts/make_digits.py --output data/digits
 
-makes train/<digit>/NNNN.png and val/<digit>/NNNN.png, NNNN being the place of the image in scikit-learn's set:
+makes train/<digit>/NNNN.png and val/<digit>/NNNN.png, where NNNN is the index of the image in scikit-learn's set:
 1,797 grayscale scans of 8x8 pixels (the test part of "Optical Recognition of Handwritten Digits", UCI Machine
 Learning Repository), enlarged to 32x32. A fifth of every digit, drawn from a fixed seed, is held out in val.
-The folder appears whole or not at all; where it is whole already, nothing is done.
+The folder appears complete or not at all; if it is complete already, nothing is done.
 """
 
-import argparse
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from volo.cli import parse_options
 
 NUM_IMAGES = 1797
 SIZE = 32  # pixels
@@ -23,13 +26,24 @@ VAL_SHARE = 0.2
 SEED = 0
 
 
+@dataclass(frozen=True)
+class DigitsOptions:
+    """Where the digits go.
+
+    Args:
+        output: Folder to make.
+    """
+
+    output: str = "data/digits"
+
+
 def held_out(labels: np.ndarray) -> np.ndarray:
     """Return a boolean array, true for the images of val: the same share of every class, drawn from SEED."""
     rng = np.random.default_rng(SEED)
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
-        places = rng.permutation(np.flatnonzero(labels == label))
-        mask[places[: round(VAL_SHARE * len(places))]] = True
+        indices = rng.permutation(np.flatnonzero(labels == label))
+        mask[indices[: round(VAL_SHARE * len(indices))]] = True
     return mask
 
 
@@ -40,7 +54,7 @@ def to_image(scan: np.ndarray) -> Image.Image:
 
 
 def write_images(folder: Path) -> None:
-    from sklearn.datasets import load_digits  # takes a second, which a complete folder need not cost
+    from sklearn.datasets import load_digits  # takes a second, not needed if the folder is complete
 
     digits = load_digits()
     in_val = held_out(digits.target)
@@ -55,9 +69,9 @@ def count_images(folder: Path) -> int:
 
 
 def make_digits(output: Path) -> bool:
-    """Make ``output``; return false where it was whole already.
+    """Make ``output``; return false if it was complete already.
 
-    Raises ValueError where something else stands there: it is the user's, so it is not touched.
+    Raises ValueError if ``output`` is anything else: it is the user's, so it is left as it is.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if count_images(output) == NUM_IMAGES:
@@ -73,25 +87,24 @@ def make_digits(output: Path) -> bool:
         try:
             os.rename(folder, output)
         except OSError:
-            # Another process may have been faster; what it wrote is the same.
+            # Another process may have been faster; it wrote the same images.
             if count_images(output) != NUM_IMAGES:
                 raise
             return False
     return True
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the handwritten digits of the quickstart.")
-    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder to make")
-    output = parser.parse_args().output
-    try:
-        made = make_digits(output)
-    except (ValueError, OSError) as error:
-        print(f"make_digits.py: error: {error}", file=sys.stderr)
-        return 1
-    print(f"{output}: {NUM_IMAGES:,} handwritten digits {'written' if made else 'are there already'}")
+def run(options: DigitsOptions) -> int:
+    """Make the folder and say so; return the exit code."""
+    made = make_digits(Path(options.output))
+    print(f"{options.output}: {NUM_IMAGES:,} handwritten digits {'written' if made else 'exist already'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    summary = __doc__.splitlines()[0]
+    options = parse_options(DigitsOptions, sys.argv[1:], prog="make_digits.py", usage="[options]", description=summary)
+
+    from volo.runtime.program import finish
+
+    finish(lambda: run(options))

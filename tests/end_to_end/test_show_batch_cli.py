@@ -62,7 +62,7 @@ def shown(picture: Image.Image) -> set[str]:
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_image_has_its_panels(images, recipe, tmp_path, count):
-    words = ("--config", recipe, "--images", count, "--output", tmp_path / "batch.png")
+    words = ("--config", recipe, "--num_images", count, "--output", tmp_path / "batch.png")
     sizes = {}
     for kind, labels in (("plain", ()), ("labelled", ("--token_label.root", images / "labels"))):
         ended = run(SHOW_BATCH, *words, *labels, cwd=tmp_path / kind).assert_done()
@@ -91,9 +91,9 @@ def test_the_start_of_a_run_shows_its_first_batch(images, recipe, tmp_path):
     logged = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
     assert np.array_equal(np.asarray(logged), np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
 
-    run(SHOW_BATCH, *words, "--images", 4, cwd=tmp_path).assert_done()
+    run(SHOW_BATCH, *words, "--num_images", 4, cwd=tmp_path).assert_done()
     assert (tmp_path / "batch.png").read_bytes() == png
-    run(SHOW_BATCH, *words, "--images", 4, "--epoch", 1, cwd=tmp_path).assert_done()
+    run(SHOW_BATCH, *words, "--num_images", 4, "--epoch", 1, cwd=tmp_path).assert_done()
     assert (tmp_path / "batch.png").read_bytes() != png
 
 
