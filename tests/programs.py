@@ -252,7 +252,7 @@ class _Forker:
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env=environment(PYTHONPATH=str(ROOT)),
+            env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
