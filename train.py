@@ -9,7 +9,7 @@ if __name__ == "__main__":
     parser = build_parser("train.py", "Train a VOLO from a recipe, on one process or under torchrun.")
     config, _ = parse(parser, sys.argv[1:])
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Imported once the options are known to be right: it takes seconds.
     from volo.runtime.program import finish
     from volo.training import run_training
 

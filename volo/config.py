@@ -501,3 +501,24 @@ class Config:
             "MixToken needs the token head, which model.return_dense / model.return_mean took away: "
             "set mix.mix_token to false",
         )
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What validate.py evaluates, beside the options of the recipe.
+
+    Args:
+        checkpoint: Weights to evaluate: published, timm's or our own file.
+        weights: Which weights of the file; auto: those that chose the best checkpoint in our files, raw in others.
+        real: Count ImageNet-ReaL labels in the same pass; the files need their official names.
+        v2: Folders of ImageNet-V2 variants, evaluated as well.
+        random_weights: Evaluate an untrained network instead (to try out the data).
+        output: Folder for results.json and results.csv; by default that of the checkpoint.
+    """
+
+    checkpoint: str | None = None
+    weights: Literal["auto", "raw", "ema"] = "auto"
+    real: bool = False
+    v2: tuple[str, ...] = ()
+    random_weights: bool = False
+    output: str | None = None

@@ -241,7 +241,7 @@ def test_unreadable_validation_image_is_counted_where_asked_for(recipe, images, 
     broken.write_bytes(b"")
     ended = programs.run(TRAIN, "--config", recipe, "--data.on_error", "skip", cwd=tmp_path).assert_done()
     assert "(5 images)" in ended.out
-    assert "1 unreadable validation images were skipped" in ended.out
+    assert "skipped 1 unreadable validation image" in ended.out
     assert f"cannot read {broken}: the file is empty" in ended.out
 
 

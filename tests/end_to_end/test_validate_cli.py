@@ -429,5 +429,5 @@ def test_unreadable_image_is_named_or_skipped_and_counted(images, trained, tmp_p
         assert (row["images"], row["skipped"]) == (VAL - 1, 1)
         (told,) = row["skipped_files"]
         assert told.startswith(f"cannot read {broken}: ")
-        assert "1 unreadable images were skipped and are not in the counts" in ended.out
+        assert "skipped 1 unreadable image" in ended.out
         assert told in ended.out

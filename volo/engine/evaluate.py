@@ -1,19 +1,21 @@
 """The one evaluation: exact counts of any model on any image list, over any number of processes.
 
-Every image is looked at once: a process takes every ``world_size``-th image, nothing is padded, nothing dropped,
-and the integer counts are summed at the end. C is the number of classes.
+Every image is evaluated once: a process takes every ``world_size``-th image, nothing is padded, nothing dropped, and
+the integer counts are summed at the end. B images of one batch, C classes.
 """
 
 import json
 import logging
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from volo.data.dataset import Batch
 from volo.data.normalise import normalise_and_erase
@@ -26,45 +28,55 @@ _logger = logging.getLogger("volo")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Exact counts over a data set; the percentages are derived."""
+    """Exact counts over a dataset, by one kind of labels; the percentages and the mean loss (nats) are derived."""
 
     images: int
     top1_correct: int
     top5_correct: int
     loss_sum: float = float("nan")
-    skipped: tuple[str, ...] = ()
 
     @property
     def top1(self) -> float:
-        return 100.0 * self.top1_correct / self.images if self.images else float("nan")
+        return self._mean(100.0 * self.top1_correct)
 
     @property
     def top5(self) -> float:
-        return 100.0 * self.top5_correct / self.images if self.images else float("nan")
+        return self._mean(100.0 * self.top5_correct)
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / self.images if self.images else float("nan")
+        return self._mean(self.loss_sum)
+
+    def _mean(self, total: float) -> float:
+        return total / self.images if self.images else float("nan")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a data set gave: accuracy on its labels and, where asked for, on ReaL labels."""
+    """The result of one pass over a dataset, the same on every rank.
+
+    Args:
+        labels: Accuracy by the labels of the dataset.
+        real: Accuracy by ImageNet-ReaL labels, if they were asked for.
+        skipped: Why each unreadable image could not be read; these images are in no count.
+        notes: How many images were unusual in some way (volo.data.dataset.Batch.note_counts).
+    """
 
     labels: Accuracy
     real: Accuracy | None = None
+    skipped: tuple[str, ...] = ()
     notes: dict[str, int] = field(default_factory=dict)
 
 
 class ReaLLabels:
     """ImageNet-ReaL (arXiv 2006.07159) for the official validation files: any of several labels may be right.
 
-    Images whose list of labels is empty count neither as right nor as wrong: 46,837 of the 50,000 count.
+    Images with an empty list of labels count neither as right nor as wrong: 46,837 of the 50,000 count.
     """
 
     def __init__(self, records: ImageRecords):
-        """Look up every image of ``records`` by its official name; ValueError where one has another name."""
-        lists = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+        """Look up every image of ``records`` by its official name; ValueError if one has another name."""
+        lists = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") or b"")
         self.label_sets: list[frozenset[int]] = []
         for path in records.names:
             name = PurePosixPath(path).name
@@ -83,15 +95,38 @@ class ReaLLabels:
 
 
 class _Counts:
-    """Running integer counts of one labelling."""
+    """Running counts of this rank by one kind of labels."""
 
     def __init__(self):
         self.images = self.top1 = self.top5 = 0
         self.loss_sum = 0.0
 
-    def reduce(self, skipped: tuple[str, ...] = ()) -> Accuracy:
+    def add(self, logits: Tensor, ranked: Tensor, labels: Tensor) -> None:
+        """Count by one label per image.
+
+        Args:
+            logits: [B, C].
+            ranked: The best five classes, best first, [B, 5].
+            labels: [B].
+        """
+        hits = ranked == labels[:, None]  # [B, 5]
+        self.images += len(labels)
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.any(1).sum())
+        self.loss_sum += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+
+    def add_real(self, ranked: Tensor, label_sets: list[frozenset[int]]) -> None:
+        """Count by any number of labels per image; there is no single label to take a loss on."""
+        self.loss_sum = float("nan")
+        for guesses, right in zip(ranked.tolist(), label_sets, strict=True):
+            if right:
+                self.images += 1
+                self.top1 += guesses[0] in right
+                self.top5 += any(guess in right for guess in guesses)
+
+    def over_ranks(self) -> Accuracy:
         images, top1, top5, loss = distributed.sum_over_ranks([self.images, self.top1, self.top5, self.loss_sum])
-        return Accuracy(int(images), int(top1), int(top5), loss, skipped)
+        return Accuracy(int(images), int(top1), int(top5), loss)
 
 
 @torch.no_grad()
@@ -101,86 +136,74 @@ def evaluate(
     device: torch.device,
     mean: list[float],
     std: list[float],
-    autocast: Callable = lambda: torch.autocast("cpu", enabled=False),
+    autocast: Callable[[], AbstractContextManager] = lambda: torch.autocast("cpu", enabled=False),
     channels_last: bool = False,
     real: ReaLLabels | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Return the exact accuracy of ``model`` on this rank's ``batches``, summed over all ranks.
 
-    Returns None, on every rank, where ``should_stop`` turned true on any rank on the way. Raises UnreadableImage, on
-    every rank, where a rank's ``batches`` raise it.
+    Returns None, on every rank, if ``should_stop`` returned true on any rank.
 
     Args:
         model: Gives logits [B, C] in evaluation mode; its training mode is restored afterwards.
-        batches: This rank's share of the data set, as :func:`volo.data.loader.eval_loader` gives it.
-        device: Where ``model`` is.
+        batches: This rank's share of the dataset, as :func:`volo.data.loader.eval_loader` gives it.
+        device: The device of ``model``.
         mean, std: Normalisation of each channel, in [0, 1].
         autocast: Gives the autocast context of a forward.
         channels_last: Memory order of the images.
-        real: Labels of ImageNet-ReaL, to be counted in the same pass.
-        on_batch: Called with the number of images after each batch (a progress bar).
-        should_stop: Asked before each batch; a signal sets it.
+        real: ImageNet-ReaL labels, to be counted in the same pass.
+        on_batch: Called after each batch (a progress bar).
+        should_stop: Called before each batch; a signal makes it true.
+
+    Raises:
+        UnreadableImage: On every rank, if the ``batches`` of any rank raise it.
     """
     was_training = model.training
     model.eval()
-    counts, real_counts = _Counts(), _Counts()
+    by_label, by_real = _Counts(), _Counts()
     skipped: list[str] = []
-    notes: dict[str, int] = {}
+    notes: Counter[str] = Counter()
     stopped = False
     unreadable: list[str] = []
     for batch in _up_to_unreadable(batches, unreadable):
         if stopped := should_stop():
             break
         skipped += batch.failures
-        for name, count in batch.note_counts().items():
-            notes[name] = notes.get(name, 0) + count
-        if len(batch.labels) == 0:
-            continue
-        images, labels = normalise_and_erase(batch, device, mean, std, channels_last=channels_last)
-        with autocast():
-            logits = model(images)  # [B, C]
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-        hits = ranked == labels[:, None]  # [B, 5]
-        counts.images += len(labels)
-        counts.top1 += int(hits[:, 0].sum())
-        counts.top5 += int(hits.any(1).sum())
-        counts.loss_sum += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        if real is not None:
-            _count_real(real_counts, real, batch.indices.tolist(), ranked.tolist())
-        on_batch(len(labels))
+        notes.update(batch.note_counts())
+        if len(batch.labels) > 0:
+            images, labels = normalise_and_erase(batch, device, mean, std, channels_last=channels_last)
+            with autocast():
+                logits = model(images)  # [B, C]
+            logits = logits.float()
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+            by_label.add(logits, ranked, labels)
+            if real is not None:
+                by_real.add_real(ranked, [real.label_sets[index] for index in batch.indices.tolist()])
+        on_batch()
     model.train(was_training)
+
     if everyone_unreadable := distributed.gather_lists(unreadable):
         raise UnreadableImage(everyone_unreadable[0])
     if distributed.max_over_ranks([float(stopped)])[0]:
         return None
-
-    everyone_skipped = tuple(distributed.gather_lists(skipped))
-    all_notes: dict[str, int] = {}
+    everyone_notes: Counter[str] = Counter()
     for name, count in distributed.gather_lists(list(notes.items())):
-        all_notes[name] = all_notes.get(name, 0) + count
-    labels_accuracy = counts.reduce(everyone_skipped)
-    real_counts.loss_sum = float("nan")  # ReaL has no single label to take a loss on
-    real_accuracy = real_counts.reduce(everyone_skipped) if real is not None else None
-    return Evaluation(labels_accuracy, real_accuracy, all_notes)
+        everyone_notes[name] += count
+    return Evaluation(
+        by_label.over_ranks(),
+        by_real.over_ranks() if real is not None else None,
+        tuple(distributed.gather_lists(skipped)),
+        dict(everyone_notes),
+    )
 
 
 def _up_to_unreadable(batches: Iterable[Batch], reasons: list[str]) -> Iterator[Batch]:
-    """Yield ``batches`` up to one that cannot be read, and put the reason into ``reasons``."""
+    """Yield ``batches`` up to one that cannot be read, and add the reason to ``reasons``."""
     try:
         yield from batches
-    except UnreadableImage as error:  # the other ranks are to hear of it before this one goes
+    except UnreadableImage as error:  # the other ranks have to learn of it before this one ends
         reasons.append(str(error))
-        if distributed.world_size() > 1:  # they get there in minutes
+        if distributed.world_size() > 1:  # they may take minutes to get there
             _logger.error("%s (the other processes finish their share first)", error)
-
-
-def _count_real(counts: _Counts, real: ReaLLabels, indices: list[int], ranked: list[list[int]]) -> None:
-    for index, guesses in zip(indices, ranked, strict=True):
-        right = real.label_sets[index]
-        if right:
-            counts.images += 1
-            counts.top1 += guesses[0] in right
-            counts.top5 += any(guess in right for guess in guesses)

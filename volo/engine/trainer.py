@@ -18,7 +18,7 @@ from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.records import Splits
 from volo.engine.bottleneck import LoaderVerdict
 from volo.engine.checkpoint import TrainState
-from volo.engine.evaluate import Accuracy, evaluate
+from volo.engine.evaluate import Evaluation, evaluate
 from volo.engine.learner import Learner
 from volo.engine.meters import Window
 from volo.engine.optim import learning_rate
@@ -170,27 +170,27 @@ class Trainer:
         results = {}
         for name, model in models.items():
             try:
-                results[name] = self._accuracy(model)
+                results[name] = self._evaluation(model)
             except UnreadableImage as error:  # on every rank
                 self._save()  # the epoch is whole; with the file mended, the run goes on from here
                 raise UnreadableImage(f"{error}. {self.run.checkpoints.last} has all that was trained") from error
             if results[name] is None:
                 return False
-            if not math.isfinite(results[name].loss):
+            if not math.isfinite(results[name].labels.loss):
                 raise self._non_finite(f"{name}/loss", progress.global_step)
-        chosen = results["val_ema" if self.evaluated_weights == "ema" else "val"]
+        chosen = results["val_ema" if self.evaluated_weights == "ema" else "val"].labels
         if chosen.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = chosen.top1, progress.epoch
-        scalars = {f"{name}/{m}": getattr(a, m) for name, a in results.items() for m in ("top1", "top5", "loss")}
+        scalars = {f"{name}/{m}": getattr(e.labels, m) for name, e in results.items() for m in ("top1", "top5", "loss")}
         self.writer.scalars(progress.global_step, float(progress.epoch), **scalars)
         self._report(results)
         return True
 
-    def _accuracy(self, model: nn.Module) -> Accuracy | None:
+    def _evaluation(self, model: nn.Module) -> Evaluation | None:
         config, world = self.config, self.world
         # Ranks update BatchNorm statistics on their own images; what is evaluated is what rank 0 saves.
         distributed.broadcast_buffers(model)
-        evaluation = evaluate(
+        return evaluate(
             model,
             self.val_loader,
             world.device,
@@ -200,7 +200,6 @@ class Trainer:
             channels_last=config.train.channels_last,
             should_stop=lambda: self.stop.requested,
         )
-        return evaluation and evaluation.labels
 
     @property
     def evaluated_weights(self) -> str:
@@ -208,18 +207,22 @@ class Trainer:
         choice = self.config.eval.weights
         return choice if choice != "auto" else "ema" if self.learner.ema is not None else "raw"
 
-    def _report(self, results: dict[str, Accuracy]) -> None:
-        names = {"val": "raw weights", "val_ema": "EMA weights"}
-        parts = [f"{names[n]} top-1 {a.top1:.2f} % top-5 {a.top5:.2f} % loss {a.loss:.4f}" for n, a in results.items()]
-        accuracy = results["val"]
+    def _report(self, results: dict[str, Evaluation]) -> None:
         progress = self.progress
+        names = {"val": "raw weights", "val_ema": "EMA weights"}
+        parts = []
+        for name, evaluation in results.items():
+            accuracy = evaluation.labels
+            top1, top5 = f"top-1 {accuracy.top1:.2f} %", f"top-5 {accuracy.top5:.2f} %"
+            parts.append(f"{names[name]} {top1} {top5} loss {accuracy.loss:.4f}")
         _logger.info(
             "epoch %d: %s (%d images); best %.2f %% at epoch %d",
-            *(progress.epoch, "; ".join(parts), accuracy.images, progress.best_top1, progress.best_epoch),
+            *(progress.epoch, "; ".join(parts), results["val"].labels.images),
+            *(progress.best_top1, progress.best_epoch),
         )
-        if accuracy.skipped:
-            _logger.warning("%d unreadable validation images were skipped:", len(accuracy.skipped))
-            for failure in accuracy.skipped[:10]:
+        if skipped := results["val"].skipped:
+            _logger.warning("skipped %d unreadable validation image(s):", len(skipped))
+            for failure in skipped[:10]:
                 _logger.warning("  %s", failure)
 
     def _log(self, lr: float) -> dict[str, float]:
