@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import scipy.io
 import webdataset
+from PIL import Image
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
@@ -21,6 +22,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
     """Content of each file by its path below ``folder``, in sorted order."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {path: (folder / path).read_bytes() for path in paths}
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
+    """Return ``image`` as the bytes of a file."""
+    content = io.BytesIO()
+    image.save(content, kind, quality=95)
+    return content.getvalue()
 
 
 def settle(path: Path, hours: int = 1) -> None:

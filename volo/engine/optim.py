@@ -96,7 +96,7 @@ def _require_fused_adam(config: OptimConfig) -> type[torch.optim.Optimizer]:
     except ImportError as error:
         raise ValueError(
             f"optim.implementation is 'apex', but NVIDIA Apex's FusedAdam cannot be imported ({error}). Build "
-            "Apex from NVIDIA's source (README; the PyPI package of that name is something else), or use "
+            "Apex from NVIDIA's source (docs/apex.md; the PyPI package of that name is something else), or use "
             "optim.implementation torch: torch's fused AdamW does the same arithmetic"
         ) from error
     return FusedAdam
