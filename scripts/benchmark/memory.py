@@ -1,6 +1,6 @@
-"""Memory is counted, not run: the bytes that autograd keeps between forward and backward, storages counted once, and
-for each parameter 16 bytes of weight, gradient and AdamW's two averages and 4 of the weight average (EMA). Batches are
-those for 24 / 40 / 80 GB, 2 of which are left for work space and data.
+"""Memory is counted, not run: the bytes that autograd keeps between forward and backward, each storage once, plus 20
+bytes per parameter, 16 for its weight, gradient and AdamW's two averages and 4 for its average (EMA). The batches are
+for GPUs of 24 / 40 / 80 GB, 2 GB of which are left for work space and data.
 """
 
 import math
@@ -11,22 +11,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 GPUS = (24, 40, 80)  # GB
-_BYTES_A_PARAMETER = 16 + 4
+_BYTES_PER_PARAMETER = 16 + 4
 _LEFT_FREE = 2e9
 
 
 def summed(output: Tensor | tuple) -> Tensor:
-    """Return the sum of all logits, something to go backward from."""
+    """Return the sum of all logits, for a backward pass to start from."""
     return output.float().sum() if isinstance(output, Tensor) else sum(x.float().sum() for x in output)
 
 
 def kept_bytes(network: nn.Module, images: Tensor, autocast: torch.autocast) -> int:
-    """Return the bytes that autograd keeps after a forward pass in training, those of parameters and images left out.
+    """Return the bytes that autograd keeps after a forward pass in training, without parameters and images.
 
-    It runs on tensors that have shapes and no values, so that D5 at 512 px costs a second and no memory. They keep what
-    real ones keep.
+    The pass runs on tensors with shapes but no values, which keep what real ones would: D5 at 512 px takes a second
+    and no memory.
     """
-    kept = {}
+    kept: dict[int, Tensor] = {}
 
     def note(x: Tensor) -> Tensor:
         kept[x.untyped_storage()._cdata] = x  # held, so that no storage is freed and counted twice
@@ -43,7 +43,7 @@ def kept_bytes(network: nn.Module, images: Tensor, autocast: torch.autocast) -> 
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def batches(bytes_an_image: float, parameters: int) -> str:
+def batches(bytes_per_image: float, parameters: int) -> str:
     """Return the largest batch that fits each of the GPUs."""
-    room = [gpu * 1e9 - _LEFT_FREE - parameters * _BYTES_A_PARAMETER for gpu in GPUS]
-    return " / ".join(str(max(0, math.floor(left / bytes_an_image))) for left in room)
+    room = [gpu * 1e9 - _LEFT_FREE - parameters * _BYTES_PER_PARAMETER for gpu in GPUS]
+    return " / ".join(str(max(0, math.floor(left / bytes_per_image))) for left in room)

@@ -50,4 +50,4 @@ def test_how_much_and_what_may_help(workers, processes, cores, told):
     words = judge(Throughput(812 * 40, 40.0, 14.8))
     assert words.startswith("the loader is the bottleneck: the network waits 37 % of the time for images.")
     assert told in words
-    assert words.endswith("scripts/benchmark/model.py loader tells where the time goes") and "\n" not in words
+    assert words.endswith("scripts/benchmark/loader.py tells where the time goes") and "\n" not in words

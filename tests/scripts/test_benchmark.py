@@ -1,4 +1,4 @@
-"""scripts/benchmark/model.py runs and compares what it says; the numbers are for people."""
+"""The benchmarks run and compare what they say; the numbers are for people."""
 
 import importlib.util
 import json
@@ -10,20 +10,25 @@ from PIL import Image
 from programs import ROOT
 from sklearn.datasets import load_sample_images
 
-SCRIPT = ROOT / "scripts" / "benchmark" / "model.py"
+FOLDER = ROOT / "scripts" / "benchmark"
 
 
-def benchmark(tmp_path, *words: str) -> list[dict]:
-    words = (*words, "--batch", "1", "--device", "cpu", "--threads", "1", "--json", tmp_path / "out.json")
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
+def benchmark(tmp_path, program: str, *words) -> dict:
+    words = (FOLDER / program, *words, "--json", tmp_path / "out.json")
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["title"] in done.stdout
-    return result["rows"]
+    return result
+
+
+def measured(tmp_path, what: str, *words: str) -> list[dict]:
+    words = ("--measure", what, *words, "--batch_size", "1", "--device", "cpu", "--threads", "1")
+    return benchmark(tmp_path, "model.py", *words)["rows"]
 
 
 def test_op_times_both_sides(tmp_path):
-    rows = benchmark(tmp_path, "op", "--rounds", "2", "--eager-only")
+    rows = measured(tmp_path, "op", "--rounds", "2", "--eager_only", "true")
     assert [(row["what"], row["who"]) for row in rows] == [
         (what, who) for what in ("forward", "forward + backward") for who in ("ours", "timm eager", "products alone")
     ]
@@ -31,14 +36,14 @@ def test_op_times_both_sides(tmp_path):
     assert {row["time of ours"] for row in rows if row["who"] == "ours"} == {1.0}
 
 
-def test_model_at_another_resolution(tmp_path):
-    rows = benchmark(tmp_path, "model", "--rounds", "2", "--eager-only", "--img-size", "64")
+def test_inference_at_another_resolution(tmp_path):
+    rows = measured(tmp_path, "inference", "--rounds", "2", "--eager_only", "true", "--img_size", "64")
     assert [row["who"] for row in rows] == ["ours", "timm eager", "ViT-S (timm)", "products alone"]
     assert rows[0]["GMACs"] == rows[1]["GMACs"] < 6.9 * (64 / 224) ** 2  # 6.8 at 224, attention grows faster
 
 
 def test_profile_tells_the_kinds_of_work_apart(tmp_path):
-    rows = benchmark(tmp_path, "profile", "--rounds", "2", "--img-size", "64")
+    rows = measured(tmp_path, "profile", "--rounds", "2", "--img_size", "64")
     both = {row["kind"]: row for row in rows if row["what"] == "forward + backward"}
     kinds = ("self-attention", "outlook attention", "convolutions", "linear layers", "norms", "activations")
     assert all(both[kind]["ours, ms"] > 0 for kind in kinds)
@@ -49,7 +54,7 @@ def test_profile_tells_the_kinds_of_work_apart(tmp_path):
 
 
 def test_memory_counts_what_each_keeps(tmp_path):
-    kept = {row["who"]: row["MB an image"] for row in benchmark(tmp_path, "memory")}
+    kept = {row["who"]: row["MB an image"] for row in measured(tmp_path, "memory")}
     # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.
     assert kept["ours, recompute cheap"] == pytest.approx(57.0, abs=0.5)
     assert kept["ViT-S (timm)"] == pytest.approx(58.8, abs=0.3)
@@ -57,7 +62,7 @@ def test_memory_counts_what_each_keeps(tmp_path):
 
 
 def test_batches_that_fit_follow_from_the_bytes():
-    spec = importlib.util.spec_from_file_location("benchmark_memory", SCRIPT.with_name("memory.py"))
+    spec = importlib.util.spec_from_file_location("benchmark_memory", FOLDER / "memory.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # 100 million parameters are 2 GB of state, and 2 GB stay free: 20, 36 and 76 GB are left for images of 1 GB.
@@ -65,19 +70,26 @@ def test_batches_that_fit_follow_from_the_bytes():
     assert module.batches(1e9, 1_200_000_000) == "0 / 14 / 54"
 
 
-def test_models_that_timm_lacks_are_refused():
-    words = [sys.executable, SCRIPT, "model", "--model", "volo_nano"]
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("program", "words", "told"),
+    [
+        ("model.py", ["--measure", "train", "--model", "volo_nano"], "volo_d1 or volo_d2"),
+        ("model.py", ["--measure", "train", "--rounds", "1"], "--rounds is 1"),
+        ("model.py", ["--measure", "train", "--eager-only", "true"], "eager_only"),
+        ("loader.py", ["--images", "FOLDER/none"], "--images is FOLDER/none"),
+        ("loader.py", ["--images", "FOLDER"], "--images is FOLDER"),
+    ],
+)
+def test_wrong_usage(tmp_path, program, words, told):
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    done = subprocess.run([sys.executable, FOLDER / program, *words], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "timm has volo_d1 ... volo_d5" in done.stderr
+    assert told.replace("FOLDER", str(tmp_path)) in done.stderr.splitlines()[-1]
 
 
 def test_loader_times_every_contender(tmp_path, make_photographs):
-    words = ["loader", "--data", make_photographs(5), "--img-size", "32", "--batch", "2", "--rounds", "1"]
-    words += ["--workers", "0", "1", "--target", "100", "--json", tmp_path / "out.json"]
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    words = ("--img_size", 32, "--batch_size", 2, "--rounds", 1, "--workers", "[0,1]", "--target", 100)
+    result = benchmark(tmp_path, "loader.py", "--images", make_photographs(5), *words)
     compared = [row for row in result["rows"] if "who" in row]
     assert {(row["what"], row["who"]) for row in compared} == {
         *(("token-label recipe", who) for who in ("ours", "ours, Pillow", "published way")),
@@ -88,13 +100,6 @@ def test_loader_times_every_contender(tmp_path, make_photographs):
     stages = [row["stage"] for row in result["rows"] if "stage" in row]
     assert stages == ["read", "header", "draw", "decode and pixels", "labels", "collate"]
     assert len(result["notes"]) == 3 and "100 images/s would take" in result["notes"][0]
-
-
-def test_loader_names_a_folder_without_images(tmp_path):
-    for folder, reason in ((tmp_path, "holds no image"), (tmp_path / "none", "is not a folder")):
-        words = [sys.executable, SCRIPT, "loader", "--data", folder]
-        done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
-        assert done.returncode != 0 and f"--data {folder} {reason}" in done.stderr
 
 
 @pytest.fixture

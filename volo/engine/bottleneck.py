@@ -53,5 +53,5 @@ class LoaderVerdict:
         return (
             f"the loader is the bottleneck: the network waits {100 * share:.0f} % of the time for images. {who}, "
             f"{rate:,.0f} images/s are trained on{could}. {advice[0].upper()}{advice[1:]}; "
-            "scripts/benchmark/model.py loader tells where the time goes"
+            "scripts/benchmark/loader.py tells where the time goes"
         )

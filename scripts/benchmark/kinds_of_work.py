@@ -1,4 +1,4 @@
-"""Where the time of a pass goes, by kind of work: torch.profiler's own time of each operator, put together."""
+"""Where the time of a pass goes, by kind of work: the sum of torch.profiler's own time of each operator."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first kind whose words stand in an operator's name takes it.
+# An operator counts as the first kind that has a word in its name.
 KINDS = {
     "self-attention": ("attention_for_cpu", "flash_attention", "efficient_attention", "fmha", "scaled_dot_product"),
     "outlook attention": ("outlook",),
@@ -20,15 +20,15 @@ REST = "everything else"
 
 
 def kind_of(operator: str) -> str:
-    """Return the kind of work that an operator or CUDA kernel does, by its name."""
+    """Return the kind of work of an operator or CUDA kernel, by its name."""
     name = operator.lower()
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), REST)
 
 
 def profiled(step: Callable[[], object], device: str) -> dict[str, float]:
-    """Return the milliseconds of each kind of work in one ``step``, and "wall clock".
+    """Return the milliseconds of each kind of work in one ``step``, and those of the "wall clock".
 
-    On CUDA they are those of its kernels; on the CPU each operator's own, without those that it calls.
+    On CUDA they are the time of the kernels; on the CPU the time of each operator without the operators it calls.
     """
     cuda = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
