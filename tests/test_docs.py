@@ -275,6 +275,17 @@ def test_files_in_the_text_exist(name):
         assert list(ROOT.glob(path)), f"{name}: {path}"
 
 
+def test_what_the_map_of_behaviours_names_is_defined_there():
+    rows = re.findall(r"^\| [^|]+ \| (`volo/.*) \|$", TEXT["development.md"], re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:
+        for group in row.split("; "):
+            path, *names = re.findall(r"`([^`]+)`", group)
+            source = (ROOT / path).read_text(encoding="utf-8")
+            for name in names:
+                assert re.search(rf"^(?:def |class )?{name}\b", source, re.MULTILINE), f"{path}: {name}"
+
+
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
