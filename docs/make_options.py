@@ -4,18 +4,21 @@
 python docs/make_options.py
 """
 
+import importlib.util
+import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
-from volo.config import Config
+from volo.config import Config, ValidationOptions
 from volo.prepare_imagenet.options import COMMANDS
 from volo.token_labels.generation.options import GenerateOptions
 from volo.token_labels.pack_options import PackOptions
 
 PAGE = Path(__file__).with_name("options.md")
+SCRIPTS = PAGE.parents[1] / "scripts"
 HEAD = """\
 # Options
 
@@ -35,14 +38,34 @@ def main() -> None:
 def page() -> str:
     """Return the page."""
     contents = " · ".join(f"[{section.name}](#{section.name})" for section in fields(Config))
-    parts = [HEAD, contents + "\n"]
+    others = " · ".join(f"[{name}](#{re.sub(r'[^a-z_ ]', '', name).replace(' ', '-')})" for name in programs())
+    parts = [HEAD, f"Recipes: {contents}\n", f"Programs: {others}\n"]
     for section in fields(Config):
         options = get_type_hints(Config)[section.name]
         parts.append(chapter(section.name, options, f"{section.name}."))
-    for script, options in (("generate_token_labels.py", GenerateOptions), ("pack_token_labels.py", PackOptions)):
-        parts.append(chapter(script, options, "--"))
-    parts += [chapter(f"prepare_imagenet.py {command}", options, "--") for command, options in COMMANDS.items()]
+    parts += [chapter(program, options, "--") for program, options in programs().items()]
     return "\n".join(parts)
+
+
+def programs() -> dict[str, type]:
+    """Return the options that each program has beside those of recipes, by the program's name."""
+    return {
+        "validate.py": ValidationOptions,
+        "show_batch.py": defined_in("show_batch.py", "ShowBatchOptions"),
+        "generate_token_labels.py": GenerateOptions,
+        "pack_token_labels.py": PackOptions,
+        **{f"prepare_imagenet.py {command}": options for command, options in COMMANDS.items()},
+        "benchmark/model.py": defined_in("benchmark/model.py", "ModelBenchmarkOptions"),
+        "benchmark/loader.py": defined_in("benchmark/loader.py", "LoaderBenchmarkOptions"),
+    }
+
+
+def defined_in(script: str, name: str) -> type:
+    """Return a class that a script defines."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, SCRIPTS / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def chapter(title: str, options: type, prefix: str) -> str:
@@ -62,13 +85,16 @@ def chapter(title: str, options: type, prefix: str) -> str:
 
 
 def type_name(hint) -> str:
-    """Return a type as a reader says it: `"a" or "b"`, `int or list[int]`; an option that may be unset has no None."""
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    if get_args(hint) and (get_origin(hint) is Union or not isinstance(hint, type)) and get_origin(hint) is not list:
-        return " or ".join(type_name(part) for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is list:
-        return f"list of {type_name(get_args(hint)[0])}"
+    """Return a type in words; None, which an unset option is, is left out."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if origin is list:
+        return f"list of {type_name(args[0])}"
+    if origin is tuple:
+        return f"{type_name(args[0])}, one or more"
+    if args:  # a union
+        return " or ".join(type_name(part) for part in args if part is not type(None))
     return {"str": "text"}.get(hint.__name__, hint.__name__)
 
 
@@ -77,7 +103,7 @@ def default(field: Field) -> str:
     if field.default is MISSING and field.default_factory is MISSING:
         return "required"
     value = field.default if field.default is not MISSING else field.default_factory()
-    if value is None:
+    if value is None or value == ():
         return "unset"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -17,7 +17,7 @@ import torch
 from programs import FAILED, ROOT, picture, run
 
 import volo
-from volo.cli import build_parser, parse
+from volo.cli import build_parser, parse, parse_options
 from volo.config import Config
 from volo.published_results import all_published
 
@@ -34,7 +34,9 @@ OTHER_PROGRAMS = {
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .",
 }
 # Scripts that tests of their own run: tests/scripts/, and below the one for the page of options.
-RUN_ELSEWHERE = {"scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"}
+RUN_ELSEWHERE = {"scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"} | {
+    f"scripts/benchmark/{name}.py" for name in ("model", "loader")
+}
 
 
 def commands(name: str) -> list[str]:
@@ -210,12 +212,16 @@ class Shell:
         return ["--config", config, *smaller, *words]
 
 
+def is_ours(command: str) -> bool:
+    return command not in OTHER_PROGRAMS
+
+
 def is_run_here(command: str) -> bool:
-    if command in OTHER_PROGRAMS or command.startswith("pip install "):
+    if not is_ours(command):
         return False
     program, _ = program_of(command)
     assert (ROOT / program).is_file(), f"{program} does not exist: {command}"
-    return program not in RUN_ELSEWHERE and not program.startswith("scripts/benchmark")
+    return program not in RUN_ELSEWHERE
 
 
 def stories() -> list:
@@ -240,11 +246,23 @@ def test_commands_run_in_the_order_of_their_page(story, tmp_path):
 def test_options_of_every_command_exist(name, monkeypatch):
     """As the page has them: with the recipe's own sizes, which are too large to be run."""
     monkeypatch.chdir(ROOT)
-    for command in filter(is_run_here, commands(name)):
+    for command in filter(is_ours, commands(name)):
         program, words = program_of(command)
         if program == "train.py":
             config, _ = parse(recipe_parser(), words)
             assert config.train.batch_size % config.train.device_batch_size == 0
+        elif program.startswith("scripts/benchmark/"):
+            options = make_options().programs()[program.removeprefix("scripts/")]
+            parse_options(options, words, prog=program, usage="", description="")
+
+
+@cache
+def make_options():
+    """Return the module that writes the page of options."""
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @cache
@@ -309,10 +327,7 @@ def test_the_front_page_lists_every_page():
 
 
 def test_the_page_of_options_is_what_the_code_says():
-    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
-    make_options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_options)
-    same = make_options.page() == TEXT["options.md"]
+    same = make_options().page() == TEXT["options.md"]
     assert same, "docs/options.md is out of date: run python docs/make_options.py"
 
 
