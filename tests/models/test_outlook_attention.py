@@ -158,6 +158,14 @@ def test_native_operator_is_well_formed(B, H, W):
     torch.library.opcheck(torch.ops.volo.outlook_attention_backward.default, arguments)
 
 
+def test_native_kernel_refuses_a_second_derivative():
+    value, logits = (x.float().requires_grad_() for x in draw(1, 4, 4, 2, 2, 3, 2, 1))
+    out = outlook_attention(value, logits, num_heads=2, kernel="native")
+    (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
 def test_native_kernel_is_in_the_compiled_graph():
     value, logits = (x.float().requires_grad_() for x in draw(2, 5, 4, 2, 2, 3, 2, 1))
 

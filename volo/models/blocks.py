@@ -2,12 +2,12 @@
 
 B images, H x W grid of tokens, h x w outlook windows, C channels, N tokens, d channels of one head.
 Between blocks tokens are [B, H, W, C], contiguous, because every linear layer and LayerNorm wants C last.
-Attribute names are those of the published code: they are the keys of its state_dict.
+Attribute names are those of the published code: they are the keys of its state_dict. The small parts that timm has too
+are written out here, because importing timm imports all of its models, which takes as long as importing PyTorch.
 """
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from volo.models.outlook_attention import Kernel, outlook_attention, unavailable_reason
@@ -161,6 +161,37 @@ class ClassAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, over the last axis: [..., C] -> [..., C]."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., C]
+        x = self.drop1(self.act(self.fc1(x)))  # [..., hidden]
+        return self.drop2(self.fc2(x))  # [..., C]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drop a branch for whole images, and scale it up for the others."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, ...]
+        if self.drop_prob == 0 or not self.training:
+            return x
+        keep_prob = 1 - self.drop_prob
+        keep = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)  # [B, 1, ...]
+        return x * keep.div_(keep_prob)
+
+
 class Block(nn.Module):
     """Pre-norm residual block on the grid: [B, H, W, C] -> [B, H, W, C]."""
 
@@ -169,7 +200,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         # Both branches share the rate and draw independently.
         self.drop_path = DropPath(drop_path)
 
@@ -195,7 +226,7 @@ class ClassBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 1 + N, C]
         cls = x[:, :1] + self.attn(self.norm1(x))  # [B, 1, C]

@@ -125,7 +125,6 @@ def _eager(
 _KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
-@torch.compiler.assume_constant_result
 def unavailable_reason(
     device_type: str, window: tuple[int, int, int], head_dim: int, dtype: torch.dtype, dropout_p: float
 ) -> str | None:
@@ -139,6 +138,11 @@ def unavailable_reason(
         dropout_p: Probability of dropping an attention weight.
     """
     return _unavailable_reason(device_type, window, head_dim, dtype, dropout_p > 0)
+
+
+# A compiled graph asks while it is traced. torch.compiler.assume_constant_result sets this mark and no more, but
+# imports the compiler to do so, which takes as long as importing the rest of PyTorch.
+unavailable_reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.cache
@@ -155,36 +159,49 @@ def _unavailable_reason(
     return reason
 
 
-@torch.library.custom_op("volo::outlook_attention", mutates_args=(), device_types=tuple(_KERNELS))
-def _native(value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int) -> Tensor:
-    return _KERNELS[value.device.type].forward(value, logits, num_heads, kernel_size, stride, padding)
+# The operators are not made with torch.library.custom_op because its first call imports the compiler.
+_WINDOW = "int num_heads, int kernel_size, int stride, int padding"
+torch.library.define("volo::outlook_attention", f"(Tensor value, Tensor logits, {_WINDOW}) -> Tensor")
+torch.library.define(
+    "volo::outlook_attention_backward", f"(Tensor grad, Tensor value, Tensor logits, {_WINDOW}) -> (Tensor, Tensor)"
+)
+_native = torch.ops.volo.outlook_attention.default
+_native_backward = torch.ops.volo.outlook_attention_backward.default
 
 
-@torch.library.custom_op("volo::outlook_attention_backward", mutates_args=(), device_types=tuple(_KERNELS))
-def _native_backward(
-    grad: Tensor, value: Tensor, logits: Tensor, num_heads: int, kernel_size: int, stride: int, padding: int
-) -> tuple[Tensor, Tensor]:
-    return _KERNELS[value.device.type].backward(grad, value, logits, num_heads, kernel_size, stride, padding)
+@torch.library.impl("volo::outlook_attention", tuple(_KERNELS))
+def _(value: Tensor, logits: Tensor, *window: int) -> Tensor:
+    return _KERNELS[value.device.type].forward(value, logits, *window)
 
 
-@_native.register_fake
-def _(value, logits, num_heads, kernel_size, stride, padding):
+@torch.library.impl("volo::outlook_attention_backward", tuple(_KERNELS))
+def _(grad: Tensor, value: Tensor, logits: Tensor, *window: int) -> tuple[Tensor, Tensor]:
+    return _KERNELS[value.device.type].backward(grad, value, logits, *window)
+
+
+@torch.library.register_fake("volo::outlook_attention")
+def _(value: Tensor, logits: Tensor, *window: int) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-@_native_backward.register_fake
-def _(grad, value, logits, num_heads, kernel_size, stride, padding):
+@torch.library.register_fake("volo::outlook_attention_backward")
+def _(grad: Tensor, value: Tensor, logits: Tensor, *window: int) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, logits))
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx, inputs, output) -> None:
     # Values and logits alone: the attention weights are computed again, which costs less than reading them would.
     value, logits, *ctx.window = inputs
     ctx.save_for_backward(value, logits)
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx, grad: Tensor):
     return *_native_backward(grad, *ctx.saved_tensors, *ctx.window), None, None, None, None
 
 
-_native.register_autograd(_gradients, setup_context=_keep)
+def _refuse(ctx, *grads: Tensor):
+    raise RuntimeError("the native kernel of outlook attention has no second derivative. Use the eager operator")
+
+
+torch.library.register_autograd("volo::outlook_attention", _gradients, setup_context=_keep)
+torch.library.register_autograd("volo::outlook_attention_backward", _refuse)

@@ -6,10 +6,10 @@ B images, H x W grid, C channels of a stage, N final tokens, D channels of the l
           -> Transformers -> class blocks -> norm -> head (class token) and aux_head (every other token)
 """
 
+import math
 from typing import NamedTuple, get_args
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from volo.models.architecture import Architecture, ImageSize, image_hw
@@ -284,14 +284,22 @@ def init_weights(module: nn.Module) -> nn.Module:
     """
     for part in module.modules():
         if isinstance(part, VOLO):
-            trunc_normal_(part.pos_embed, std=0.02)
+            _normal_(part.pos_embed)
             if part.cls_token is not None:
-                trunc_normal_(part.cls_token, std=0.02)
+                _normal_(part.cls_token)
         elif isinstance(part, nn.Linear):
-            trunc_normal_(part.weight, std=0.02)
+            _normal_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
     return module
+
+
+def _normal_(tensor: Tensor) -> None:
+    """Fill ``tensor`` with normal noise of standard deviation 0.02 cut off at 2, as timm's trunc_normal_ draws it.
+
+    torch.nn.init.trunc_normal_ draws other numbers from the same seed.
+    """
+    tensor.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from volo.data.pixels.crop import ResizedCrop
 from volo.data.pixels.rand_augment import Op
@@ -148,6 +147,8 @@ def dense_targets(
         grid: (L_h, L_w).
         smoothing, published_smoothing: See :func:`volo.token_labels.targets.smoothing_terms`.
     """
+    from torchvision.ops import roi_align  # takes seconds to import
+
     batch, num_classes = truth.shape
     spread = maps.scores.new_zeros(batch, num_classes, *maps.scores.shape[2:])
     spread.scatter_(1, maps.classes, maps.scores)  # [B, C, h, w]; the k classes of a cell differ

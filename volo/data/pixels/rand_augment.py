@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from timm.data import auto_augment as timm_ops
 
 _LEVELS = 10.0  # timm's magnitudes run from 0 to 10
 _OPTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)")
@@ -36,6 +35,8 @@ class Op:
         if self.name.startswith("Posterize") and self.args[0] <= 0:
             # No bit kept is black. Pillow used to say so too; now it refuses to keep 0 bits.
             return Image.new(image.mode, image.size)
+        from timm.data import auto_augment as timm_ops
+
         geometric = {} if self.resample is None else {"resample": self.resample, "fillcolor": fill}
         return timm_ops.NAME_TO_OP[self.name](image, *self.args, **geometric)
 
@@ -107,6 +108,8 @@ def parse_rand_augment(text: str) -> RandAugment | None:
         raise _refused(text, "inc is 0 or 1")
     if values.get("n", 2) < 1 or values.get("p", 0.5) > 1 or values.get("mmax", _LEVELS) < 1:
         raise _refused(text, "n and mmax are at least 1, p is at most 1")
+
+    from timm.data import auto_augment as timm_ops  # takes seconds to import, and evaluation does not need it
 
     std = values.get("mstd", 0.0)
     names = timm_ops._RAND_INCREASING_TRANSFORMS if values.get("inc") else timm_ops._RAND_TRANSFORMS

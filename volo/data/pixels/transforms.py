@@ -11,8 +11,6 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from volo.config import AugmentConfig
 from volo.data.pixels import jpeg_region
@@ -151,28 +149,28 @@ class EvalTransform:
     def __init__(self, image_hw: tuple[int, int], crop_pct: float, interpolation: str, backend: str = "auto"):
         self.image_hw = tuple(image_hw)
         self.cover_hw = tuple(math.floor(side / crop_pct) for side in image_hw)
-        self.interpolation = InterpolationMode(interpolation)
         self.resample = _RESAMPLES[interpolation][0]
         self.backend = Backend(backend)
 
     def __call__(self, image: Image.Image | Pixels) -> np.ndarray:
         """Return what the network sees of an RGB image, uint8 [3, H, W]."""
+        height, width = self._resized_hw(image.height, image.width)
+        top, left = _centred(height, self.image_hw[0]), _centred(width, self.image_hw[1])
         if self.backend.native:
-            resized = self._resized_hw(image.height, image.width)
-            place = tuple(_centred(side, out) for side, out in zip(resized, self.image_hw, strict=True))
-            return _pixels(image).resized(resized, place, self.image_hw, self.resample)
-        image = F.resize(image, self._resized_hw(image.height, image.width), self.interpolation)
-        return to_array(F.center_crop(image, self.image_hw))
+            return _pixels(image).resized((height, width), (top, left), self.image_hw, self.resample)
+        image = image.resize((width, height), self.resample)
+        # Pillow pads with black if a crop box leaves the image.
+        return to_array(image.crop((left, top, left + self.image_hw[1], top + self.image_hw[0])))
 
-    def _resized_hw(self, height: int, width: int) -> list[int]:
+    def _resized_hw(self, height: int, width: int) -> tuple[int, int]:
         cover_height, cover_width = self.cover_hw
         if cover_height == cover_width:
             # The longer side is truncated, as torchvision does it for a square input ...
             longer = int(cover_height * max(height, width) / min(height, width))
-            return [longer, cover_width] if height > width else [cover_height, longer]
+            return (longer, cover_width) if height > width else (cover_height, longer)
         # ... and rounded, as timm does it for any other.
         scale = min(height / cover_height, width / cover_width)
-        return [round(height / scale), round(width / scale)]
+        return round(height / scale), round(width / scale)
 
 
 def _centred(side: int, out: int) -> int:
