@@ -44,7 +44,8 @@ class RecipeParser(ArgumentParser):
             if not found:
                 return ""
             wanted = found[1].replace("-", "_")  # options of scripts once had hyphens
-        if remedy := REMOVED_FIELDS.get(tuple(wanted.split("."))):
+        section, _, name = wanted.partition(".")
+        if remedy := REMOVED_FIELDS.get((section, name)):
             return f". That option is gone: {remedy}"
         if wanted == "geometry":  # of the scripts for token labels
             return ". It is now called covers, with the values whole_image and center_crop"

@@ -177,12 +177,12 @@ def image_hw(img_size: ImageSize) -> tuple[int, int]:
     """(height, width) of an image size given as one side or as two."""
     if isinstance(img_size, int):
         return img_size, img_size
-    sides = tuple(img_size)
     _require(
-        len(sides) == 2 and all(isinstance(s, int) for s in sides),
+        len(img_size) == 2 and all(isinstance(side, int) for side in img_size),
         f"model.img_size is {img_size!r}; give one whole number or [height, width]",
     )
-    return sides
+    height, width = img_size
+    return height, width
 
 
 # D1 ... D5: table 2 of the paper. The small ones are ours, for 32 x 32 images.

@@ -6,6 +6,9 @@ Attribute names are those of the published code: they are the keys of its state_
 are written out here, because importing timm imports all of its models, which takes as long as importing PyTorch.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ class PatchEmbed(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
 
 
-def _folded(stem: nn.Sequential, images: Tensor) -> Tensor:  # [B, 3, H, W]
+def _folded(stem: Iterable[Any], images: Tensor) -> Tensor:  # [B, 3, H, W]
     """Run the stem for evaluation: its BatchNorms are constants, and go into the convolutions' weights and biases."""
     # On the CPU channels last is the faster memory format; on CUDA train.channels_last chooses.
     x = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
@@ -213,9 +216,13 @@ class Block(nn.Module):
 class Outlooker(Block):
     """Block with outlook attention, on the fine grid."""
 
+    attn: OutlookAttention
+
 
 class Transformer(Block):
     """Block with self-attention, on the coarse grid."""
+
+    attn: SelfAttention
 
 
 class ClassBlock(nn.Module):

@@ -11,7 +11,7 @@ the full grid: bytes spared for its arithmetic, that is where it is cheapest.
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,11 @@ def apply_checkpointing(model: nn.Module, recompute: Recompute) -> None:
         for plain, classes in _CLASSES.items():
             if type(module) in classes.values():
                 # What drops at random cannot be computed again, except by what restores the random state: checkpoint.
-                cheap_would_draw = recompute == "cheap" and isinstance(module, Block) and _draws(module)
+                cheap_would_draw = recompute == "cheap" and issubclass(plain, Block) and _draws(module)
                 module.__class__ = plain if cheap_would_draw else classes[recompute]
 
 
-def _draws(block: Block) -> bool:
+def _draws(block: Any) -> bool:
     return block.mlp.drop1.p > 0 or block.attn.attn_drop > 0
 
 
@@ -68,7 +68,7 @@ class CheapPatchEmbed(PatchEmbed):
         return x.permute(0, 2, 3, 1).contiguous()  # [B, H/p, W/p, C]
 
 
-def _conv(layer: nn.Conv2d, x: Tensor, before: Callable, norm: nn.Module, *inside: nn.Module) -> Tensor:
+def _conv(layer: Any, x: Tensor, before: Callable, norm: Any, *inside: nn.Module) -> Tensor:
     """Return ``layer(before(x, norm))``, and keep ``x`` alone for the backward pass."""
     # A SyncBatchNorm would talk to the other processes once more, in the middle of the backward pass.
     if isinstance(norm, nn.SyncBatchNorm):
@@ -160,7 +160,7 @@ def recomputed(
     *inputs: Tensor,
     inside: Sequence[nn.Module] = (),
     again: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Return ``layer(cheap(*inputs))``, keeping for the backward pass the inputs alone.
 
     torch.utils.checkpoint does it for any function, through hooks on each tensor that is kept; here it is known that
@@ -211,7 +211,7 @@ class _Recomputed(torch.autograd.Function):
             # No leaves: where modules are hooked on, as FlopCounterMode does, the engine refuses these.
             between = _tuple(ctx.again(*(x.view_as(x) for x in inputs)))
 
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | None] = {}
         grads_between = []
         for layer, x, grad in zip(ctx.layers, between, grads, strict=True):
             x_grad, weight_grad, bias_grad = _layer_backward(layer, x.detach(), grad, bool(sources))
@@ -227,7 +227,8 @@ def _layer_backward(
     layer: Layer, x: Tensor, grad: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of the layer's input, weight and bias, as autograd finds them, also under autocast."""
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     wants_weight, wants_bias = weight.requires_grad, bias is not None and bias.requires_grad
     read, used = x.to(grad.dtype), weight.detach().to(grad.dtype)
     if isinstance(layer, nn.Linear):
@@ -244,7 +245,7 @@ def _layer_backward(
     return (
         None if x_grad is None else x_grad.to(x.dtype),
         None if weight_grad is None else weight_grad.to(weight.dtype),
-        None if bias_grad is None else bias_grad.to(bias.dtype),
+        None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
 
 

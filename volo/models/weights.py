@@ -93,8 +93,9 @@ def load_checkpoint(model: VOLO, path: str | Path, use_ema: bool = False) -> Loa
     resized = None
     old = weights.get("pos_embed")
     if old is not None and old.ndim == 4 and old.shape[1:3] != own["pos_embed"].shape[1:3]:
-        resized = tuple(old.shape[1:3]), tuple(own["pos_embed"].shape[1:3])
-        weights["pos_embed"] = resize_pos_embed(old, resized[1])
+        (rows, cols), (new_rows, new_cols) = old.shape[1:3], own["pos_embed"].shape[1:3]
+        resized = (rows, cols), (new_rows, new_cols)
+        weights["pos_embed"] = resize_pos_embed(old, (new_rows, new_cols))
 
     problems = _differences(weights, own, ignore=_HEADS if dropped else ())
     if problems:

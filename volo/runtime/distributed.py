@@ -148,7 +148,7 @@ def gather_lists(items: list) -> list:
     """Return the concatenation of every rank's ``items`` in rank order, on every rank."""
     if not dist.is_initialized():
         return list(items)
-    gathered = [None] * dist.get_world_size()
+    gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
 
@@ -192,7 +192,10 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def average_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def average_in_rank_order(
+    _,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[torch.Tensor]:
     """Average gradients over ranks, adding them up in the order of the ranks (a communication hook of DDP, for CPUs).
 
     An all-reduce adds in an order that depends on where in the bucket a gradient lies, and DDP arranges the buckets
@@ -221,7 +224,7 @@ class StopVote:
 
     def __init__(self):
         self._pending = None
-        self._flag = None
+        self._flag = torch.zeros(1)
 
     def __call__(self, wish: bool) -> bool:
         """Cast ``wish``; return whether any rank wished to stop in the vote before (on one process: ``wish``)."""

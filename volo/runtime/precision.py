@@ -46,7 +46,7 @@ class Precision:
 def require_apex_amp():
     """Return ``apex.amp``; ValueError where NVIDIA's Apex is absent or too new to have it."""
     try:
-        from apex import amp
+        from apex import amp  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"train.precision is 'apex_o1', but apex.amp cannot be imported ({error}): NVIDIA Apex is absent, or "

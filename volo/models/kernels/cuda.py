@@ -145,17 +145,18 @@ def constants(tiling: Tiling, num_heads: int, head_dim: int, window: tuple[int, 
     return {"K": K, "S": stride, "P": padding, **lanes, **shape}
 
 
-def _start(direction: str, tensors: list[Tensor], num_heads: int, *window: int) -> None:
+def _start(direction: str, tensors: list[Tensor], num_heads: int, kernel_size: int, stride: int, padding: int) -> None:
     """Run a kernel on tensors of one dtype: values first or, in the backward, second, then logits."""
     from volo.models.kernels import cuda_kernels
 
+    window = (kernel_size, stride, padding)
     value, logits = tensors[:2] if direction == "forward" else tensors[1:3]
     assert all(x.dtype == value.dtype and x.is_contiguous() for x in tensors), [(x.dtype, x.stride()) for x in tensors]
     B, H, W, C = value.shape
     if value.numel() == 0:
         return
     head_dim = C // num_heads
-    assert supports(window[0], window[1], window[2], head_dim, value.dtype), (window, head_dim, value.dtype)
+    assert supports(*window, head_dim, value.dtype), (window, head_dim, value.dtype)
     tiling = tile(direction, (B, H, W), num_heads, head_dim, window, value.itemsize)
     programs = B * tiling.chunks * tiling.tiles * num_heads
     h, w = logits.shape[1:3]
