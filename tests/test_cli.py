@@ -317,7 +317,7 @@ def test_configs_of_earlier_versions_open_with_the_names_of_today(tmp_path):
         ("token_label.geometry", "reference", "token_label.geometry reference is now called published"),
         ("token_label.geometry", "reference_sparse", "reference_sparse is now called published"),
         ("train.kernel", "reference", "train.kernel reference is now called eager"),
-        ("data.relist", "true", "That option is gone: to list the images again, remove the folder of data.cache"),
+        ("data.relist", "true", "data.cache"),
     ],
 )
 def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, told, tmp_path, capsys):

@@ -1,21 +1,21 @@
 """Every option of a run: typed dataclasses, filled from defaults, then YAML, then the command line.
 
-One dataclass a component; the defaults stand here and nowhere else. The recipe of the published code is the
-default wherever the paper states one, so a recipe file says only what makes it different.
-Nothing heavy is imported here: ``--help`` and every check that needs no data answer at once.
+There is one dataclass per component, and defaults stand here and nowhere else. They are the published recipe
+wherever the paper states one, so a recipe file holds only what differs.
+Nothing heavy is imported here, so ``--help`` and every check that needs no data answer at once.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Pair = int | list[int]
-# Values that earlier versions called otherwise, by section and field, and fields that are gone.
+# Values that earlier versions named differently, by section and field, and fields that were removed.
 RENAMED_VALUES = {
     ("augment", "order"): {"reference": "published"},
     ("token_label", "geometry"): {"reference": "published", "reference_sparse": "published"},
     ("train", "kernel"): {"reference": "eager"},
 }
-REMOVED_FIELDS = {("data", "relist"): "to list the images again, remove the folder of data.cache, or set it to none"}
+REMOVED_FIELDS = {("data", "relist"): "to list the images again, delete the folder data.cache, or set it to none"}
 # The fields of ModelConfig that are not fields of the architecture.
 _NOT_ARCHITECTURE = ("name", "img_size", "num_classes", "drop_path_rate", "checkpoint", "checkpoint_ema")
 
@@ -27,7 +27,7 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network. Fields below ``checkpoint`` override the named architecture when they are set.
+    """The network. Fields below ``checkpoint`` override the named architecture if they are set.
 
     Args:
         name: Registered architecture: volo_d1 ... volo_d5, volo_tiny, volo_nano.
@@ -48,12 +48,12 @@ class ModelConfig:
         outlook_stride: Stride between outlook windows.
         outlook_padding: Zero padding of the outlook values.
         post_layers: Number of class-attention blocks.
-        qkv_bias: Biases in the query, key and value projections.
+        qkv_bias: Use biases in the query, key and value projections.
         drop_rate: Dropout after the position embedding and in the MLPs and projections.
         attn_drop_rate: Dropout of attention weights.
-        return_mean: No class token: classify the mean of the tokens.
-        return_dense: Have the auxiliary head over tokens.
-        drop_path_outlookers: Stochastic depth reaches the Outlookers too (the published code skips them).
+        return_mean: Classify the mean of the tokens; the network then has no class token.
+        return_dense: Add the auxiliary head over tokens.
+        drop_path_outlookers: Apply stochastic depth to the Outlookers too (the published code skips them).
     """
 
     name: str = "volo_d1"
@@ -106,28 +106,28 @@ class DataConfig:
     """Where the images are and how they are read.
 
     Args:
-        root: Folder that holds the images: the train and val folders; the official tar files of ILSVRC2012 as they
-            are; tar archives (WebDataset shards), where it may be a URL; or Parquet files of Hugging Face.
+        root: Folder that holds the images: train and val folders, the unmodified tar files of ILSVRC2012, tar archives
+            (WebDataset shards; root may then be a URL), or Parquet files of Hugging Face.
         train_split: The training images under root: a folder of class folders; a tar archive, a folder of them, or
             several with "train-{000..146}.tar" or "train-*.tar"; the name of a split of Parquet files.
-        val_split: The validation images, likewise; with "none" nothing is evaluated.
-        train_labels: Labels of training images that are not sorted into classes: a text file of one "name label" or
-            one label a line, or a .csv file that begins with these two columns. Labels are class names or indices.
-        val_labels: Likewise for the validation images; or the development kit, ILSVRC2012_devkit_t12.tar.gz (found by
-            itself where it lies in root).
-        format: What the images are stored in: "folder", "tar" or "parquet"; "auto" looks what is there.
+        val_split: The validation images, given in the same ways; "none" turns evaluation off.
+        train_labels: Labels of training images that are not sorted into class folders: a text file with one
+            "name label" or one label per line, or a .csv file whose first two columns are name and label.
+            Labels are class names or indices.
+        val_labels: The same for the validation images, or the development kit ILSVRC2012_devkit_t12.tar.gz (found
+            automatically if it is in root).
+        format: Storage format, "folder", "tar" or "parquet"; "auto" detects it.
         class_list: Class names in index order: "folders" (sorted names of the training folders, or sorted labels of
-            train_labels), "imagenet" (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name a line.
-        workers: Processes that read images, for each process that trains; by default one a core, up to 8.
-        on_error: An unreadable image: "fail" names it and stops; "skip" counts and reports it (in training
-            another image, drawn from seed, epoch and index, takes its place). Likewise a worker that dies: with
-            "skip" others take over at the batch that is due, which changes nothing in the run.
-        timeout_seconds: Longest wait for a batch from the workers (a network file system may hang for ever); 0 for
-            no limit.
-        exif: "ignore" orientation tags, as the published code does, or "apply" them.
-        cache: Folder that keeps listings of folders and indices of archives, so that a million files are listed
-            once; "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" keeps none. A listing is made again where a
-            folder has changed since.
+            train_labels), "imagenet" (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name per line.
+        workers: Data workers per training process; by default one per core, up to 8.
+        on_error: What to do about an unreadable image: "fail" names it and stops; "skip" counts and reports it, and in
+            training replaces it by an image drawn from seed, epoch and index. The same goes for a worker that dies:
+            with "skip" new workers resume at the batch that is due, which changes nothing in the run.
+        timeout_seconds: Longest wait for a batch from the workers (a network file system may hang); 0 for no limit.
+        exif: Whether to "ignore" orientation tags, as the published code does, or "apply" them.
+        cache: Folder for listings of folders and indices of archives, so that a million files are listed only once;
+            "auto" is $XDG_CACHE_HOME/volo or ~/.cache/volo, "none" turns the cache off. If a folder has changed, it
+            is listed again.
     """
 
     root: str = "data/imagenet"
@@ -150,25 +150,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of one training image.
+    """Augmentation of the training images.
 
     Args:
         order: "timm" crops, then flips, then applies RandAugment; "published" flips, applies RandAugment to the
             whole image and crops last, as the published token-labeling loader does.
         crop: "random_resized", or "shift": resize to the input size, pad with black, crop at a random offset.
-        scale: Area of the random resized crop over the image's, [smallest, largest].
-        ratio: Width over height of the crop, [smallest, largest], drawn log-uniformly.
+        scale: Area of the random resized crop as a share of the image's area, [smallest, largest].
+        ratio: Aspect ratio (width / height) of the crop, [smallest, largest], drawn log-uniformly.
         shift_pixels: Largest offset of crop "shift", in pixels of the input size.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         rand_augment: RandAugment in timm's notation, or "none".
-        interpolation: Resampling of the crop; "random" draws bilinear or bicubic an image.
+        interpolation: Resampling of the crop; "random" draws bilinear or bicubic per image.
         erase_prob: Probability of random erasing (one box of normal noise, after normalisation).
         mean: Per-channel mean of the input, in [0, 1].
         std: Per-channel standard deviation of the input, in [0, 1].
-        backend: Who computes pixels, of training images and in evaluation: "native" (C++, compiled on first use),
-            "pillow" (Pillow and timm, half as fast or less), or "auto": native where it can be built. The bytes are
-            the same.
+        backend: Implementation of the pixel operations, in training and evaluation: "native" (C++, compiled on first
+            use), "pillow" (Pillow and timm, half as fast or slower), or "auto": native if it can be built. All give the
+            same bytes.
     """
 
     order: Literal["timm", "published"] = "timm"
@@ -195,23 +195,23 @@ class AugmentConfig:
                 f"augment.{name} is {pair}; give [smallest, largest], both above 0 and at most {top}",
             )
         for name in ("mean", "std"):
-            _require(len(getattr(self, name)) == 3, f"augment.{name} needs three numbers, one a channel")
+            _require(len(getattr(self, name)) == 3, f"augment.{name} needs three numbers, one per channel")
         _require(min(self.std) > 0, f"augment.std is {self.std}; every entry is above 0")
         _require(self.shift_pixels >= 0, f"augment.shift_pixels is {self.shift_pixels}; 0 or more")
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Mixing of the images of a batch. Boxes and ratios are drawn on the host from (seed, epoch, step).
+    """Mixing of images within a batch. Boxes and ratios are drawn on the host from (seed, epoch, step).
 
     Args:
-        mix_token: MixToken after the patch embedding; lambda is drawn from Beta(1, 1).
+        mix_token: Use MixToken after the patch embedding, with lambda drawn from Beta(1, 1).
         mixup: Alpha of MixUp; 0 is off.
         cutmix: Alpha of CutMix; 0 is off.
         prob: Probability of mixing a batch (or pair, or element).
-        switch_prob: Probability of CutMix where both are on.
-        mode: Ratio and box a "batch", "pair" or "elem".
-        off_epoch: From this epoch on MixUp and CutMix are off; 0 never turns them off.
+        switch_prob: Probability of CutMix rather than MixUp if both are on.
+        mode: Whether ratio and box are drawn per "batch", per "pair" or per image ("elem").
+        off_epoch: First epoch without MixUp and CutMix; 0 never turns them off.
     """
 
     mix_token: bool = True
@@ -239,7 +239,7 @@ class LossConfig:
 
     Args:
         cls_weight: Weight of the class-token term.
-        dense_weight: Weight of the token term; 0 leaves the token term out.
+        dense_weight: Weight of the token term; 0 turns it off.
         smoothing: Label smoothing.
     """
 
@@ -258,14 +258,15 @@ class TokenLabelConfig:
     """Token labeling: dense label maps of a teacher (arXiv 2104.10858) as targets of the tokens.
 
     Args:
-        root: A packed store (scripts/generate_token_labels.py, scripts/pack_token_labels.py) or a folder in the
-            published layout; without one, the image's own label is the target of every token.
-        geometry: How label maps follow the pixels: "aligned" exactly; "published" as in the published code,
-            bit for bit, its errors and dense targets included, for the paper's recipes.
-        smoothing: "exact": smoothed rows sum to 1; "published": to 1 + smoothing / classes, as in the published code.
-        ground_truth: Blend the image's own label into the class target, for fine-tuning: "published" trusts a
-            teacher that misses it more (0.9) than one that finds it (0.5); "corrected" trusts it less (0.1).
-        verify_checksums: Read the whole store once at the start and compare its checksums.
+        root: Packed store (made by scripts/generate_token_labels.py or scripts/pack_token_labels.py) or folder in the
+            published layout. Without one, the image's own label is the target of every token.
+        geometry: How label maps follow the pixels: "aligned" follows them exactly; "published" does what the published
+            code does, bit for bit, including its errors and dense targets, for the paper's recipes.
+        smoothing: Label smoothing of the maps: with "exact" the rows sum to 1; with "published" they sum to
+            1 + smoothing / classes, as in the published code.
+        ground_truth: Blend the image's own label into the class target, for fine-tuning. The teacher's share is 0.5 if
+            it predicts that label; if not, "published" gives it 0.9, and "corrected" gives it 0.1.
+        verify_checksums: Verify the checksums of the whole store at start-up.
     """
 
     root: str | None = None
@@ -281,13 +282,13 @@ class OptimConfig:
 
     Args:
         name: Any optimizer of timm's create_optimizer_v2.
-        implementation: "torch" (fused on CUDA where it can), or "apex": NVIDIA Apex's FusedAdam in AdamW mode.
-        lr: Learning rate at the end of warmup; it is not scaled by the batch.
-        weight_decay: Decoupled weight decay; biases, 1-D tensors, class token and position embedding have none.
+        implementation: "torch" (fused on CUDA if possible), or "apex": NVIDIA Apex's FusedAdam in AdamW mode.
+        lr: Learning rate at the end of warmup; it is not scaled by the batch size.
+        weight_decay: Decoupled weight decay; not applied to biases, 1-D tensors, class token and position embedding.
         betas: Adam's two decay rates (some optimizers of timm take three).
         eps: Adam's epsilon.
         clip_grad: Gradient clipping threshold; 0 is off.
-        clip_mode: What is clipped: total "norm", "value", or adaptive ("agc").
+        clip_mode: How gradients are clipped: total "norm", "value", or adaptive ("agc").
     """
 
     name: str = "adamw"
@@ -349,8 +350,8 @@ class EmaConfig:
     """Exponential moving average of parameters and buffers.
 
     Args:
-        enabled: Keep an average.
-        decay: Decay a step.
+        enabled: Maintain the average.
+        decay: Decay per step.
         warmup: Let the decay grow from 0 with the steps (from 0), as 1 - step^(-2/3), up to ``decay``.
     """
 
@@ -370,10 +371,10 @@ class EvalConfig:
         crop_pct: The shorter side is resized to input size / crop_pct, then the centre is cropped; above 1 the
             image is padded with black.
         interpolation: Resampling of the resize.
-        batch_size: Images a process and step.
-        every_epochs: Evaluate every so many epochs of training, and after the last.
+        batch_size: Batch size per process.
+        every_epochs: Epochs between evaluations; the last epoch is always evaluated.
         before_training: Evaluate once before the first step (fine-tuning).
-        weights: Which weights choose the best checkpoint: "auto" takes EMA where it is on.
+        weights: Weights whose accuracy selects the best checkpoint; "auto" is the EMA if it is on, else raw.
     """
 
     crop_pct: float = 0.96
@@ -394,29 +395,29 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run: batch, precision, place, resumption.
+    """The run: batch size, precision, device, folder, resuming.
 
     Args:
-        batch_size: Images an optimizer step over all processes and accumulation steps.
-        device_batch_size: Most images a process takes through the network at once; what its share of the batch
-            has beyond that is accumulated over several passes.
-        seed: Seed of everything that is drawn.
-        precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, where the installed Apex has it.
-        device: "auto" takes CUDA where it is found; or "cuda", "cpu".
+        batch_size: Images per optimizer step, over all processes and accumulation steps.
+        device_batch_size: Largest batch that a process passes through the network at once; a larger share of the batch
+            is accumulated over several passes.
+        seed: Seed of every random draw.
+        precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, if the installed Apex has it.
+        device: "auto" (CUDA if available, else CPU), "cuda" or "cpu".
         compile: Compile network and loss with torch.compile.
-        kernel: Kernel of outlook attention: "auto" takes the native one (C++ on the CPU, Triton on CUDA) where it
-            runs, else "eager", the operator in plain PyTorch; "native" fails where it does not run.
-        recompute: What is computed again in the backward pass instead of being kept: "none"; "cheap", what costs a
-            few percent of a step and halves the memory; "blocks", everything but the inputs of blocks.
+        kernel: Kernel of outlook attention: "auto" is the native one (C++ on the CPU, Triton on CUDA) if it can
+            run, else "eager", the operator in plain PyTorch; "native" fails if it cannot run.
+        recompute: Activation checkpointing: recompute "none", "cheap" activations (costs a few percent of a step and
+            halves the memory), or whole "blocks" from their inputs.
         channels_last: Keep image tensors in channels-last memory order.
-        sync_bn: BatchNorm statistics over all processes in every step.
+        sync_bn: Synchronise BatchNorm statistics over all processes in every step.
         output: Folder that holds run folders.
         name: Name of the run folder; empty takes the model and resolution.
-        resume: "auto" goes on from the newest valid checkpoint in the run folder, "never" starts only in a
-            folder without one, or the path of a checkpoint.
-        keep_checkpoints: How many epoch checkpoints stay, beside last.pt and best.pt.
-        checkpoint_every_epochs: Save every so many epochs, and after the last.
-        log_every_steps: Steps between two log lines and TensorBoard points.
+        resume: "auto" resumes from the newest valid checkpoint in the run folder; "never" refuses a folder that has
+            one; or the path of a checkpoint to resume from.
+        keep_checkpoints: Number of epoch checkpoints to keep besides last.pt and best.pt.
+        checkpoint_every_epochs: Epochs between checkpoints; the last epoch is always saved.
+        log_every_steps: Steps between log lines and TensorBoard points.
     """
 
     batch_size: int = 1024
@@ -445,20 +446,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, whole.
+    """All options of a run.
 
     Args:
         model: The network.
         data: The images.
-        augment: Augmentation of a training image.
-        mix: Mixing of a batch.
+        augment: Augmentation of the training images.
+        mix: Mixing of images within a batch.
         loss: The loss.
         token_label: Dense label maps.
         optim: The optimizer.
         schedule: The learning rate.
         ema: The weight average.
         eval: Evaluation.
-        train: The run.
+        train: The run itself.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -476,30 +477,30 @@ class Config:
     def __post_init__(self):
         _require(
             self.eval.weights != "ema" or self.ema.enabled,
-            "eval.weights is 'ema', but ema.enabled is false: turn the average on or evaluate the raw weights",
+            "eval.weights is 'ema', but ema.enabled is false. Set ema.enabled to true or eval.weights to raw",
         )
         if self.token_label.root is not None and self.token_label.geometry != "aligned":
             _require(
                 self.augment.order == "published" and self.augment.crop == "random_resized",
-                f"token_label.geometry {self.token_label.geometry!r} leads label maps through flip, RandAugment "
-                "and random resized crop in that order: set augment.order to published and augment.crop to "
-                "random_resized, or token_label.geometry to aligned",
+                f"token_label.geometry {self.token_label.geometry!r} applies flip, RandAugment and random resized "
+                "crop to label maps in that order. Set augment.order to published and augment.crop to random_resized, "
+                "or token_label.geometry to aligned",
             )
         _require(
             self.schedule.min_lr <= self.optim.lr,
-            f"schedule.min_lr ({self.schedule.min_lr:g}) is above optim.lr ({self.optim.lr:g}), so that the learning "
-            "rate would rise to the end: lower schedule.min_lr",
+            f"schedule.min_lr ({self.schedule.min_lr:g}) is above optim.lr ({self.optim.lr:g}), so the learning rate "
+            "would rise. Lower schedule.min_lr",
         )
         dense = self.model.return_dense is not False and self.model.return_mean is not True
         _require(
             dense or self.loss.dense_weight == 0,
-            "the network has no token head (model.return_dense or model.return_mean), so the token term has "
-            "nothing to act on: set loss.dense_weight to 0",
+            "the network has no token head (model.return_dense or model.return_mean), so there is no token "
+            "loss. Set loss.dense_weight to 0",
         )
         _require(
             dense or not self.mix.mix_token,
-            "MixToken needs the token head, which model.return_dense / model.return_mean took away: "
-            "set mix.mix_token to false",
+            "MixToken needs the token head, which model.return_dense or model.return_mean removes. Set mix.mix_token "
+            "to false",
         )
 
 
