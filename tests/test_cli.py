@@ -145,7 +145,7 @@ def test_shortened_names_are_refused(error_of, words):
         ("", "holds no options"),
         ("# a comment\n", "holds no options"),
         ("- optim\n", "holds no options"),
-        ("optim: {lr: 1\n", "is no YAML"),
+        ("optim: {lr: 1\n", "YAML"),
         ("optim: {lr: 1}\ntrain: {seed: 1}\noptim: {eps: 1}\n", "optim is given twice, again in line 3"),
         ("optim:\n  lr: 1\n  eps: 1\n  lr: 2\n", "optim.lr is given twice, again in line 4"),
         ("ema:\n  enabled: 3\n", "ema.enabled is 3; it takes bool"),

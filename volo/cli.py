@@ -46,10 +46,10 @@ class RecipeParser(ArgumentParser):
             wanted = found[1].replace("-", "_")  # options of scripts once had hyphens
         section, _, name = wanted.partition(".")
         if remedy := REMOVED_FIELDS.get((section, name)):
-            return f". That option is gone: {remedy}"
+            return f". That option was removed: {remedy}"
         if wanted == "geometry":  # of the scripts for token labels
             return ". It is now called covers, with the values whole_image and center_crop"
-        if wanted == "token_label.size":  # of the published code, where it had to be typed
+        if wanted == "token_label.size":  # an option of the published code
             return ". It follows from the network's grid (14 x 14 tokens for D1 at 224 px), whatever the maps have"
         names = self._option_names()
         in_section = [name for name in names if name.startswith(wanted.split(".")[0] + ".")]
@@ -151,13 +151,13 @@ def _recipes(argv: list[str]) -> list[Path]:
 
 
 def _check_recipe(path: Path) -> None:
-    """Refuse what YAML reads without complaint and nobody means: a key given twice, a section without fields."""
+    """Refuse what YAML accepts but nobody means: a key given twice, a section without fields."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} holds no options; a recipe has sections, such as optim, with fields under them")
+        raise ValueError(f"{path} holds no options. A recipe has sections, such as optim, with fields under them")
     for name, section in _pairs(root, f"{path}: ").items():
         if isinstance(section, yaml.MappingNode):
             _pairs(section, f"{path}: {name}.")
@@ -195,7 +195,7 @@ def _in_one_line(message: str, options_class: type) -> str:
 
 
 def upgraded(values: dict) -> dict:
-    """Return the sections of a config that an earlier version saved, with today's names."""
+    """Return the sections of a config that an earlier version saved, with the current names."""
     return {
         section: {
             name: RENAMED_VALUES.get((section, name), {}).get(value, value) if isinstance(value, str) else value
@@ -249,7 +249,7 @@ _Dumper.add_implicit_resolver(
 def load_config(values: dict) -> Config:
     """Return the :class:`Config` of nested dictionaries, such as those kept in a checkpoint.
 
-    Raises ValueError where a field is unknown or of a wrong type.
+    Raises ValueError if a field is unknown or of a wrong type.
     """
     parser = build_parser("config", "")
     parser.exit_on_error = False

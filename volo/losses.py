@@ -113,9 +113,8 @@ class TokenLabelLoss(nn.Module):
 def blend_ground_truth(teacher: Tensor, truth: Tensor, corrected: bool = False) -> Tensor:
     """Blend teacher and ground-truth class targets [B, C]: share * teacher + (1 - share) * truth.
 
-    The teacher's share is 0.5 where it names the true class. Where it does not, the published code takes 0.9,
-    although its comment means to trust such a teacher less; its fine-tuning results rest on that. ``corrected``
-    takes 0.1.
+    The teacher's share is 0.5 if it predicts the true class. If not, the published code uses 0.9, although its comment
+    says to trust such a teacher less; its fine-tuning results rest on that. ``corrected`` uses 0.1.
     """
     agree = teacher.argmax(-1) == truth.argmax(-1)
     share = torch.where(agree, 0.5, 0.1 if corrected else 0.9).to(teacher.dtype).unsqueeze(-1)

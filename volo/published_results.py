@@ -1,6 +1,6 @@
 """The published numbers: what the paper and timm report for the eleven published weights.
 
-They stand in ``published.json`` and nowhere else; recipes, tables and ``validate.py`` read them here. Accuracies
+``published.json`` is the only place that states them; recipes, tables and ``validate.py`` read them here. Accuracies
 are in percent. An accuracy belongs to a crop ratio: the published code and timm do not always use the same one.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class PublishedAccuracy(NamedTuple):
-    """PublishedAccuracy on one dataset in percent."""
+    """Accuracy on one dataset in percent."""
 
     top1: float
     top5: float
@@ -64,7 +64,7 @@ def all_published() -> tuple[Published, ...]:
 
 
 def published(model: str, resolution: int) -> Published | None:
-    """Return the row of ``model`` at ``resolution`` pixels, or None where nothing is published for it."""
+    """Return the row of ``model`` at ``resolution`` pixels, or None if nothing is published for it."""
     return next((row for row in all_published() if (row.name, row.resolution) == (model, resolution)), None)
 
 

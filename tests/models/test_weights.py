@@ -252,7 +252,7 @@ def test_another_model_is_named(tmp_path, make_small):
 )
 def test_a_dict_without_weights(content, tmp_path, make_small):
     torch.save(content, tmp_path / "a.pt")
-    assert_refused(make_small(), tmp_path / "a.pt", "holds no weights")
+    assert_refused(make_small(), tmp_path / "a.pt", "no weights")
 
 
 def test_something_else_than_a_dict(tmp_path, make_small):

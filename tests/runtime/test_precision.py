@@ -94,7 +94,7 @@ def test_without_fp16_a_broken_gradient_is_not_hidden(tiny_config, make_batch):
 
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match="does not compute in; use fp16 or fp32"):
+    with pytest.raises(ValueError, match="bf16.*fp16 or fp32"):
         Precision.resolve("auto", torch.device("cuda"))
     assert Precision.resolve("fp16", torch.device("cuda")) == Precision("fp16", "cuda")
 

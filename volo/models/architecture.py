@@ -1,4 +1,4 @@
-"""What a VOLO is made of: the fields of an architecture, their checks, and the named architectures.
+"""The architecture of a VOLO: its fields, their checks, and the named architectures.
 
 A *stage* is a run of equal blocks on one grid; a *grid* is (rows, cols) of tokens. Nothing here needs torch.
 """
@@ -26,7 +26,7 @@ class Architecture:
         embed_dims: Channels of each stage; they change only across a downsample.
         num_heads: Attention heads of each stage; they divide the channels.
         mlp_ratios: MLP hidden width over channels, of each stage.
-        patch_size: Pixels a cell of the first grid stands for; even, as the stem halves the image first.
+        patch_size: Side of a cell of the first grid in pixels; even, because the stem halves the image first.
         stem_hidden_dim: Channels of the convolutional stem.
         outlook_stages: Which stages are Outlookers; the others are Transformers.
         downsample_after: After which stages the grid is halved. The position embedding follows the first stage
@@ -38,10 +38,10 @@ class Architecture:
         qkv_bias: Biases in the query, key and value projections.
         drop_rate: Dropout after the position embedding, in the MLPs and after the attention projections.
         attn_drop_rate: Dropout of attention weights.
-        return_mean: No class token and no class blocks: the mean of the tokens is classified. There is no token
-            head then either, as in the published code.
-        return_dense: Have the token (auxiliary) head.
-        drop_path_outlookers: Stochastic depth reaches the Outlookers; the published code passes them by.
+        return_mean: Classify the mean of the tokens, without class token, class blocks and (as in the published
+            code) token head.
+        return_dense: Add the token (auxiliary) head.
+        drop_path_outlookers: Apply stochastic depth to the Outlookers too; the published code skips them.
 
     Raises:
         ValueError: The fields contradict one another.
@@ -69,8 +69,8 @@ class Architecture:
     def __post_init__(self):
         for name in _PER_STAGE:
             given = getattr(self, name)
-            _require(isinstance(given, list | tuple), f"model.{name} is {given!r}; give a list, one entry a stage")
-            object.__setattr__(self, name, tuple(given))  # YAML gives lists; a frozen thing holds tuples
+            _require(isinstance(given, list | tuple), f"model.{name} is {given!r}; give a list, one entry per stage")
+            object.__setattr__(self, name, tuple(given))  # YAML gives lists; a frozen dataclass holds tuples
         self._check_stages()
         for name in _POSITIVE:
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; at least 1")
@@ -99,7 +99,7 @@ class Architecture:
             length = len(getattr(self, name))
             _require(
                 length == num_stages,
-                f"model.{name} has {length} entries, but model.layers has {num_stages}: give one a stage",
+                f"model.{name} has {length} entries, but model.layers has {num_stages}: give one per stage",
             )
         for name in ("layers", "embed_dims", "num_heads", "mlp_ratios"):
             given = getattr(self, name)
@@ -205,7 +205,7 @@ def list_models() -> list[str]:
 
 
 def get_architecture(name: str, **changes) -> Architecture:
-    """The named architecture, with some of its fields set anew.
+    """The named architecture, with some of its fields replaced.
 
     Raises:
         ValueError: Unknown name or field (the nearest valid one is named), or fields that contradict.
@@ -215,7 +215,7 @@ def get_architecture(name: str, **changes) -> Architecture:
     known = [field.name for field in fields(Architecture)]
     for field in changes:
         if field not in known:
-            raise ValueError(f"model.{field} is no field of the architecture{_nearest(field, known)}")
+            raise ValueError(f"model.{field} is not a field of the architecture{_nearest(field, known)}")
     return replace(ARCHITECTURES[name], **changes)
 
 

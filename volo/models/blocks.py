@@ -96,7 +96,7 @@ class OutlookAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def centres(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        """Return the mean of the cells around each window's centre, which its weights are made from: [B, h, w, C]."""
+        """Return the mean of the cells around each window's centre, the input of its weights: [B, h, w, C]."""
         x = x.permute(0, 3, 1, 2)  # [B, C, H, W]
         # ceil_mode: on an odd side the last pool holds fewer cells and is their mean.
         x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True)  # [B, C, h, w]
@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """The class token asks, all tokens and itself answer: [B, 1 + N, C] -> [B, 1, C]."""
+    """The class token attends to itself and to all tokens: [B, 1 + N, C] -> [B, 1, C]."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, drop: float):
         super().__init__()

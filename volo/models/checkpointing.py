@@ -1,11 +1,11 @@
-"""Activation checkpointing: what is cheap to compute again is not kept for the backward pass.
+"""Activation checkpointing: what is cheap to recompute is not kept for the backward pass.
 
-:func:`apply_checkpointing` puts it around the parts of blocks.py, which know nothing of it.
+:func:`apply_checkpointing` applies it to the modules of blocks.py, which know nothing of it.
 
-The output of a norm, an activation or the outlook operator costs one pass over memory to make, and as much memory to
-keep as its input. Where it goes straight into a matrix product, the input alone is kept, and the output is made again
-when the product's weight gradient asks for it. A matrix product is made again only where few channels go into it, at
-the full grid: bytes spared for its arithmetic, that is where it is cheapest.
+The output of a norm, an activation or the outlook operator costs one pass over memory to compute, and as much memory
+to keep as its input. If it is the input of a matrix product, only its own input is kept, and it is recomputed for the
+product's weight gradient. A matrix product is recomputed only if it has few input channels on the full grid, where
+the memory saved is largest for its arithmetic.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from volo.models.blocks import Block, Outlooker, PatchEmbed, Transformer
 
-# none: autograd keeps what it likes; cheap: what costs a few percent of a step; blocks: the inputs of blocks alone.
+# What is recomputed: nothing; what costs a few percent of a step; whole blocks, of which only the inputs are kept.
 Recompute = Literal["none", "cheap", "blocks"]
 
 Layer = nn.Linear | nn.Conv2d
@@ -35,7 +35,7 @@ def apply_checkpointing(model: nn.Module, recompute: Recompute) -> None:
 
     Args:
         model: Changed in place, at any time between steps.
-        recompute: "none" is computed again, "cheap" things, or whole "blocks" (and cheap things in the stem).
+        recompute: Recompute "none", "cheap" activations, or whole "blocks" (and cheap activations in the stem).
 
     Raises:
         ValueError: The choice is unknown.
@@ -45,7 +45,7 @@ def apply_checkpointing(model: nn.Module, recompute: Recompute) -> None:
     for module in model.modules():
         for plain, classes in _CLASSES.items():
             if type(module) in classes.values():
-                # What drops at random cannot be computed again, except by what restores the random state: checkpoint.
+                # Dropout can be recomputed only by torch's checkpoint, which restores the random state.
                 cheap_would_draw = recompute == "cheap" and issubclass(plain, Block) and _draws(module)
                 module.__class__ = plain if cheap_would_draw else classes[recompute]
 
@@ -55,7 +55,7 @@ def _draws(block: Any) -> bool:
 
 
 class CheapPatchEmbed(PatchEmbed):
-    """Makes norms and activations again. Its norms are synchronised or not when it runs, so that is asked then."""
+    """Recomputes norms and activations. Norms may become SyncBatchNorms after this class is set, so forward checks."""
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
         if not self.training or torch.compiler.is_compiling():
@@ -102,7 +102,7 @@ class CheapBlock(Block):
 
 
 class CheapOutlooker(CheapBlock, Outlooker):
-    """The grid is at its largest, so the MLP's first product is made again too."""
+    """Recomputes the first product of the MLP too, because the grid is at its largest."""
 
     def attend(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         attn = self.attn
@@ -120,7 +120,7 @@ class CheapOutlooker(CheapBlock, Outlooker):
 
 
 class CheapTransformer(CheapBlock, Transformer):
-    """No matrix product is made again."""
+    """Recomputes no matrix product."""
 
     def attend(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         return self.attn.attend(recomputed(self.norm1, self.attn.qkv, x, inside=(self.norm1,)))  # [B, H, W, C]
@@ -131,7 +131,7 @@ class CheapTransformer(CheapBlock, Transformer):
 
 
 class WholeBlock(Block):
-    """Keeps its input alone and runs a second time in the backward pass."""
+    """Keeps only its input, and runs again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         if not torch.is_grad_enabled():
@@ -178,7 +178,7 @@ def recomputed(
     if all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers):
         modules = (*inside, *layers)
         outputs = _Recomputed.apply(cheap, again or cheap, layers, modules, *inputs, *_parameters(modules))
-    else:  # others took their place, such as adapters for fine-tuning: these are autograd's own affair
+    else:  # replaced, by adapters for fine-tuning for instance: left to autograd
         outputs = tuple(layer(x) for layer, x in zip(layers, _tuple(cheap(*inputs)), strict=True))
     return outputs if len(layers) > 1 else outputs[0]
 
@@ -201,14 +201,14 @@ class _Recomputed(torch.autograd.Function):
         saved, parameters = ctx.saved_tensors, ctx.parameters
         if any(now is not then for now, then in zip(_parameters(ctx.modules), parameters, strict=True)):
             raise RuntimeError(
-                "the network's parameters are others than in the forward pass (torch.func.functional_call?). Run the "
+                "the network's parameters are not those of the forward pass (torch.func.functional_call?). Run the "
                 "backward pass while they are the same, or call set_recompute('none')"
             )
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved[: len(saved) - len(parameters)]]
         of_layers = {id(p) for layer in ctx.layers for p in layer.parameters()}
         sources = [x for x in (*inputs, *(p for p in parameters if id(p) not in of_layers)) if x.requires_grad]
         with torch.enable_grad(), ctx.autocast:
-            # No leaves: where modules are hooked on, as FlopCounterMode does, the engine refuses these.
+            # Views, not leaves: autograd refuses leaves if modules have hooks, as under FlopCounterMode.
             between = _tuple(ctx.again(*(x.view_as(x) for x in inputs)))
 
         found: dict[int, Tensor | None] = {}

@@ -45,13 +45,13 @@ def outlook_attention(
         stride: Distance between neighbouring windows.
         padding: Zeros around the grid. A padded key keeps its share of the softmax but adds nothing.
         dropout_p: Probability of dropping an attention weight; give 0 outside training.
-        kernel: "auto" takes the native kernel if there is one; "native" takes it or raises; "eager" never does.
+        kernel: "auto" takes the native kernel if there is one; "native" takes it or raises; "eager" never takes it.
 
     Returns:
         [B, H, W, C]. Overlapping windows are summed, not averaged; a cell without a window is 0.
 
     Raises:
-        ValueError: C is no multiple of the heads, the logits do not fit the windows, or "native" cannot be had.
+        ValueError: C is no multiple of the heads, the logits do not fit the windows, or "native" is unavailable.
 
     The layout, on a 4 x 4 grid of one channel with K = 3, stride 2, padding 1. The cells are numbered from 1, so
     that 0 is padding. There are 2 x 2 windows, centred on the cells 1, 3, 9 and 11, and unfold makes each a
@@ -131,7 +131,7 @@ def unavailable_reason(
     """Return None if the native kernel can run, else a sentence that says why it cannot.
 
     Args:
-        device_type: "cpu", where the first call on a machine builds the kernel, "cuda", or another.
+        device_type: "cpu" (the first call on a machine builds the kernel), "cuda", or another.
         window: Kernel size, stride and padding.
         head_dim: Channels of one head.
         dtype: Of values and logits.

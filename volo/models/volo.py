@@ -29,10 +29,10 @@ from volo.models.outlook_attention import Kernel
 
 
 class TokenLogits(NamedTuple):
-    """What the network gives in training: class logits [B, K] and token logits [B, N, K].
+    """Output of the network in training: class logits [B, K] and token logits [B, N, K].
 
     ``tokens`` is None for a network without token head. Row n of image i belongs to image i even under
-    MixToken: the tokens are un-mixed. ``cls`` is not, and is to be held against the mixed target.
+    MixToken: the tokens are un-mixed. ``cls`` is not: compare it with the mixed target.
     """
 
     cls: Tensor
@@ -43,7 +43,7 @@ class VOLO(nn.Module):
     """The network.
 
     Args:
-        architecture: Its shape; ``volo.models.create_model`` has the named ones.
+        architecture: The fields of the architecture; ``volo.models.create_model`` has the named ones.
         img_size: Image side in pixels, or (height, width).
         num_classes: Number of classes.
         in_chans: Channels of an image.
@@ -103,11 +103,11 @@ class VOLO(nn.Module):
             images: [B, in_chans, H, W], normalised, of the size the model was made for.
             mix_box: MixToken, in training only: integer tensor [4] = top, left, bottom, right on the final token
                 grid (``grid_size``). Inside it the patch embeddings of image i are those of image B-1-i. All
-                zero mixes nothing. It stays on its device, and a new box compiles nothing anew.
+                zero mixes nothing. The box stays on its device, and a new one causes no recompilation.
 
         Returns:
             In training ``TokenLogits``. In evaluation logits [B, K]: the class token's, plus half of the largest
-            over the tokens for each class where there is a token head.
+            over the tokens for each class if there is a token head.
 
         Raises:
             ValueError: Images of another shape than the model's, or a mix_box in evaluation or not of shape [4].

@@ -1,4 +1,4 @@
-"""Checkpoints in: the published ``.pth.tar``, timm's ``volo_*`` weights and our own files, into a model.
+"""Loading of checkpoints: the published ``.pth.tar``, timm's ``volo_*`` weights and our own files, into a model.
 
 Nothing in a file is ever executed, and a file that does not fit leaves the model as it was.
 """
@@ -29,7 +29,7 @@ _REFUSALS = ("GLOBAL", "Trying to call reduce", "Can only create new object", "C
 
 
 class UnreadableCheckpoint(UnusableFile):
-    """A file that is empty, truncated, corrupt or refused; whatever the options, it cannot be used."""
+    """A file that is empty, truncated, corrupt or refused; it is unusable whatever the options are."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LoadReport:
     Args:
         path: The file.
         used: Which weights: "state_dict", "state_dict_ema", or "raw" for a file that is nothing but weights.
-        resized_pos_embed: (rows, cols) of the position embedding before and after; None where they agreed.
+        resized_pos_embed: (rows, cols) of the position embedding before and after; None if they agreed.
         dropped_heads: The file's heads have another number of classes; the model's keep their initial values.
         num_classes: Number of classes of the file.
         metadata: The file's other plain entries (epoch, metric, class names ...), without tensors.
@@ -66,8 +66,8 @@ class LoadReport:
 def load_checkpoint(model: VOLO, path: str | Path, use_ema: bool = False) -> LoadReport:
     """Load the weights of a file into ``model``: all of them, or none and an error.
 
-    The position embedding is resized where the file was made for another image size. Where the number of
-    classes differs, both heads of the file are left out; the report and the log say so.
+    The position embedding is resized if the file was made for another image size. If the number of classes
+    differs, both heads of the file are left out; the report and the log say so.
 
     Args:
         model: The model, changed in place.
@@ -159,7 +159,7 @@ def _select(file: dict[str, Any], path: Path, use_ema: bool) -> tuple[str, dict[
         used, weights = "raw", file
     if not isinstance(weights, dict) or not weights or not all(_is_weight(t) for t in weights.values()):
         shown = ", ".join(map(str, list(file)[:10]))
-        raise ValueError(f"checkpoint {path} holds no weights where they are looked for; its entries: {shown}")
+        raise ValueError(f"checkpoint {path} has no weights under state_dict or at its top level. Entries: {shown}")
     return used, weights
 
 
@@ -182,7 +182,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _differences(weights: dict[str, Tensor], own: dict[str, Tensor], ignore: tuple[str, ...]) -> list[str]:
-    """One sentence for each way in which keys and shapes disagree; empty where the weights fit."""
+    """One sentence for each way in which keys and shapes disagree; empty if the weights fit."""
     missing = [key for key in own if key not in weights and key not in ignore]
     unexpected = [key for key in weights if key not in own]
     reshaped = [
@@ -197,7 +197,7 @@ def _differences(weights: dict[str, Tensor], own: dict[str, Tensor], ignore: tup
 
 
 def _looks_like(weights: dict[str, Tensor], model: VOLO) -> str:
-    """Which other named architecture the file seems to be of, as a sentence; empty where none fits."""
+    """Which other named architecture the file seems to be of, as a sentence; empty if none fits."""
     num_blocks = sum(key.endswith(".norm1.weight") for key in weights)
     patches = list(weights["patch_embed.proj.weight"].shape) if "patch_embed.proj.weight" in weights else None
     for name, arch in ARCHITECTURES.items():
@@ -237,5 +237,5 @@ def _unreadable(path: Path, error: Exception) -> str:
     reason = f"{type(error).__name__}: {reason.splitlines()[0]}" if reason else type(error).__name__
     return (
         f"checkpoint {path} cannot be read: it is truncated, corrupt or no checkpoint; nothing was executed. "
-        f"Met: {reason[:200]}"
+        f"Cause: {reason[:200]}"
     )

@@ -1,4 +1,4 @@
-"""Every question about ranks. On one process the collectives do nothing.
+"""Ranks, and collectives over them that do nothing on a single process.
 
 Host values (counts, flags, meters) travel over gloo on the CPU, so asking never waits for a GPU; gradients travel
 over NCCL on CUDA and gloo on the CPU.
@@ -33,11 +33,11 @@ class OtherRankFailed(Exception):
 
 
 class RendezvousFailed(Exception):
-    """The processes of the run could not find one another (a port in use, say)."""
+    """The rendezvous of the processes failed, for example because the port is in use."""
 
 
 def lost_peer(error: Exception) -> str | None:
-    """Return how the transport words ``error``, where it says that another process is gone; else None."""
+    """Return the transport's message if ``error`` says that another process is gone, else None."""
     text = str(error)
     if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
         return None
@@ -46,7 +46,7 @@ def lost_peer(error: Exception) -> str | None:
 
 
 def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
-    """Return the device for ``train.device``; ValueError where CUDA is asked for and not there."""
+    """Return the device for ``train.device``; raise ValueError if CUDA is requested but missing."""
     available = torch.cuda.is_available()
     if choice == "cuda" and not available:
         raise ValueError("train.device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu' or 'auto'")
@@ -62,7 +62,7 @@ def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
 
 
 def worker_count(asked: int | None) -> int:
-    """Return how many processes read images for this one: as ``asked``, else its share of the cores, 1 to 8."""
+    """Return the number of data workers of this process: ``asked``, or by default its share of the cores, 1 to 8."""
     if asked is not None:
         return asked
     return min(max(usable_cores() // processes_here(), 1), 8)
@@ -81,7 +81,9 @@ def processes_here() -> int:
 def initialise(device_choice: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 
-    Raises ValueError where the device is not there, RendezvousFailed where the rendezvous fails.
+    Raises:
+        ValueError: The device is missing.
+        RendezvousFailed: The processes did not find one another.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = resolve_device(device_choice, local_rank)
@@ -97,10 +99,10 @@ def initialise(device_choice: str = "auto") -> World:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise RendezvousFailed(
-            f"the processes could not meet at {address}: {reason}. If the port is in use, set MASTER_PORT to a "
-            "free one, or on one machine start with torchrun --standalone, which picks one"
+            f"the rendezvous at {address} failed: {reason}. If the port is in use, set MASTER_PORT to a free one; on "
+            "a single machine torchrun --standalone picks one"
         ) from error
-    # A rank that fails at its first check would take the meeting place away from those that are still on their way.
+    # A rank that failed at its first check would take the rendezvous down while others are still joining.
     barrier()
     return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
 
@@ -117,7 +119,7 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for every rank, through the host so that no GPU is asked."""
+    """Wait for every rank, through the host, so that it waits for no GPU."""
     sum_over_ranks([0.0])
 
 
@@ -174,7 +176,7 @@ def on_main(action: Callable, share: Callable = lambda result: result):
         try:
             result = action()
             shared = share(result)
-        except Exception as caught:  # the other ranks must hear of it before it goes on up
+        except Exception as caught:  # the other ranks must learn of it before it is raised
             error = caught
     failed, shared = broadcast_object((error is not None, shared))
     if error is not None:
@@ -198,8 +200,8 @@ def average_in_rank_order(
 ) -> torch.futures.Future[torch.Tensor]:
     """Average gradients over ranks, adding them up in the order of the ranks (a communication hook of DDP, for CPUs).
 
-    An all-reduce adds in an order that depends on where in the bucket a gradient lies, and DDP arranges the buckets
-    anew after the first step: from three ranks on, a resumed run would differ in the last bit.
+    The order in which an all-reduce adds depends on the position of a gradient in its bucket, and DDP rearranges the
+    buckets after the first step: with three or more ranks, a resumed run would differ in the last bit.
     """
     mine = bucket.buffer()
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

@@ -1,9 +1,9 @@
-"""Failures that explain themselves, and what they mean for the exit code."""
+"""Expected failures and their exit codes."""
 
 
 class Failure(Exception):
-    """Something went wrong on the way, as the message says; the program ends with exit code 1."""
+    """The run failed for the reason in the message; the program ends with exit code 1."""
 
 
 class UnusableFile(ValueError):
-    """A file that is damaged or refused, whatever the options are: exit code 1, even if found before any work."""
+    """A file that is damaged or refused whatever the options are; exit code 1, even if found before any work."""

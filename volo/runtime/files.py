@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that are still there after a power failure."""
+"""Files that are written completely or not at all, and that survive a power failure."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a file that was made or renamed lasts only when its folder is synced."""
+    """Write the names in a folder to the disk: without it, a new or renamed file may be lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,10 +25,10 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that gets the name ``path`` when the block ends: at every moment the old file or the new, whole.
+    """Open a new file that replaces ``path`` when the block ends; at every moment ``path`` is complete, old or new.
 
-    The temporary file is hidden, beside ``path``, and made exclusively under a name of its own, so that neither another
-    process nor a link that a killed one left is ever written to. If the block raises, it is removed.
+    The temporary file is hidden, beside ``path``, and created exclusively under a unique name, so that it never
+    overwrites another process's file or follows a link that a killed process left. If the block raises, it is removed.
 
     Raises:
         OSError: The folder does not exist, or the disk is full.
@@ -54,9 +54,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def link_atomic(path: Path, name: Path) -> None:
-    """Give the file at ``path`` a second name in the same folder, replacing what had it; a copy without hard links.
+    """Give the file at ``path`` a second name in the same folder, replacing any file of that name.
 
-    Raises OSError if there is neither a link nor room for the copy; ``name`` then is what it was.
+    Without hard links it is a copy. Raises OSError if the disk is full; ``name`` is then unchanged.
     """
     temporary = _temporary(name)
     try:
@@ -73,6 +73,6 @@ def link_atomic(path: Path, name: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed writers of :func:`atomic_file` left in ``folder``; nobody may be writing there now."""
+    """Remove the temporary files of killed writers in ``folder``; no process may be writing there."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)

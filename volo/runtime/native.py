@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-shared"]
-_SECONDS = 300  # a compiler that takes longer hangs
+_SECONDS = 300  # a compiler that takes longer is hung
 
 
 class NoLibrary(Exception):
@@ -25,7 +25,7 @@ class NoLibrary(Exception):
 
 
 class NativeLibrary:
-    """A library, or the reason why there is none: found out on first use, once per process.
+    """A library, or the reason why it is unavailable; determined on first use, once per process.
 
     Args:
         what: Subject of that reason, as it begins a sentence: "The CPU kernel of outlook attention".
@@ -47,14 +47,14 @@ class NativeLibrary:
         return self._reason
 
     def get(self) -> ctypes.CDLL:
-        """Return the library. Ask :meth:`unavailable_reason` first: without a library this is a mistake."""
+        """Return the library. Ask :meth:`unavailable_reason` first: without a library this is a bug."""
         if self._library is None:
             reason = self.unavailable_reason()
             assert self._library is not None, reason
         return self._library
 
     def forget(self) -> None:
-        """Decide again at the next use, as a new process would."""
+        """Try again at the next use, as a new process would."""
         self._library: ctypes.CDLL | None = None
         self._reason: str | None = None
 

@@ -1,4 +1,4 @@
-"""Numeric precision of a run: autocast, gradient scaling, and Apex's O1 where an Apex has it."""
+"""Numeric precision of a run: autocast, gradient scaling, and Apex's O1 if the installed Apex has it."""
 
 import contextlib
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class Precision:
 
     @classmethod
     def resolve(cls, choice: str, device: torch.device) -> "Precision":
-        """Resolve "auto" (bf16 on CUDA, fp32 on the CPU); ValueError where the device cannot do the choice."""
+        """Resolve "auto" (bf16 on CUDA, fp32 on the CPU); raise ValueError if the device does not support it."""
         if choice == "auto":
             choice = "bf16" if device.type == "cuda" else "fp32"
         if choice == "apex_o1":
             require_apex_amp()
         if choice == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError("train.precision is 'bf16', which this GPU does not compute in; use fp16 or fp32")
+            raise ValueError("train.precision is 'bf16', which this GPU does not support. Use fp16 or fp32")
         return cls(choice, device.type)
 
     @property
@@ -44,7 +44,7 @@ class Precision:
 
 
 def require_apex_amp():
-    """Return ``apex.amp``; ValueError where NVIDIA's Apex is absent or too new to have it."""
+    """Return ``apex.amp``; raise ValueError if NVIDIA's Apex is absent or too new to have it."""
     try:
         from apex import amp  # pyright: ignore[reportMissingImports]
     except ImportError as error:

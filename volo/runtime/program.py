@@ -24,7 +24,7 @@ _logger = logging.getLogger("volo")
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be, and it was found before any work."""
+    """The options are wrong, which was found before any work."""
 
 
 @contextlib.contextmanager
@@ -80,12 +80,12 @@ def finish(body: Callable[[], int]) -> None:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return the last line for an error that no code of ours foresaw, after printing where it came from."""
+    """Return the last line for an unexpected error, after printing its traceback."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return f"{error}: there is no room left to write to. Make room and start again with the same command"
+        return f"{error}: the disk is full. Free some space and start again with the same command"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU has not enough memory ({str(error).split('. ')[0]}). In training a smaller "
+            f"the GPU is out of memory ({str(error).split('. ')[0]}). In training a smaller "
             "train.device_batch_size (the rest of the batch is accumulated) or train.recompute blocks needs less, in "
             "evaluation a smaller eval.batch_size"
         )

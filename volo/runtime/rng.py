@@ -1,6 +1,6 @@
 """Randomness as a function of named integers.
 
-Every draw of a run comes from a generator keyed by what it is for and where it happens: (seed, purpose, epoch,
+Every draw of a run comes from a generator keyed by its purpose and position: (seed, purpose, epoch,
 sample index) or (seed, purpose, epoch, step, chunk). So a draw depends on nothing that happened before it, which
 is what lets a run resume at any step and give the same augmentation on any number of workers and ranks.
 """

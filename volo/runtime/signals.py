@@ -1,15 +1,15 @@
-"""SIGTERM and SIGINT as a wish to stop after the step under way."""
+"""SIGTERM and SIGINT as a request to stop after the current step."""
 
 import os
 import signal
 import time
 
-# One wish often arrives several times: Ctrl-C and schedulers signal every process, and torchrun passes its own on.
-_SAME_WISH_SECONDS = 5.0
+# One request often arrives several times: Ctrl-C and schedulers signal every process, and torchrun forwards its own.
+_SAME_REQUEST_SECONDS = 5.0
 
 
 class StopRequest:
-    """Turns true at the first SIGTERM or SIGINT. One that comes later, and not with it, ends the process at once."""
+    """``requested`` turns true at the first SIGTERM or SIGINT; a separate later signal ends the process at once."""
 
     def __init__(self):
         self.requested = False
@@ -19,11 +19,11 @@ class StopRequest:
     def _handle(self, signum, frame) -> None:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-        elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
+        elif time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             self.restore()
             os.kill(os.getpid(), signum)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)

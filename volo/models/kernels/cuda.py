@@ -19,7 +19,7 @@ neighbouring thread instead goes through shared memory, and the compiled kernels
 fifths (backward) more instructions. Logits of padding are never read. For batches with fewer heads than a GPU has
 multiprocessors, the rows are divided among several programs, each of which reads up to K rows of its neighbours again
 (the backward: and a row of logits); grids too wide for one program are divided sideways in the same way. traffic.py
-counts all of it: 1.2 times the least possible forward and backward where a batch fills the GPU, up to 1.4 otherwise.
+counts all of it: 1.2 times the least possible forward and backward if a batch fills the GPU, up to 1.4 otherwise.
 """
 
 import importlib.metadata
@@ -57,7 +57,7 @@ def backward(
 
 
 def unavailable_reason() -> str | None:
-    """Return None where the kernels can run, else the reason why they cannot. Imports no Triton."""
+    """Return None if the kernels can run, else the reason why they cannot. Imports no Triton."""
     if not torch.cuda.is_available():
         return "No CUDA device was found"
     if torch.version.hip:
@@ -119,7 +119,7 @@ def tile(
     """
     B, H, W = grid
     K, stride, padding = window
-    # Lanes and steps go on to the last cell, also where the last cells have no window: these are written too, as 0.
+    # Lanes and steps reach the last cell even if the last cells have no window: these are written too, as 0.
     h, w = (max((side + 2 * padding - K) // stride + 1, _ceil(side, stride)) for side in (H, W))
     steps = max(h, _ceil(H + padding, stride))
     room = _room(K, head_dim, size, direction)
@@ -168,7 +168,7 @@ def _start(direction: str, tensors: list[Tensor], num_heads: int, kernel_size: i
 
 
 def _triton_version() -> tuple[int, ...]:
-    """Return major and minor version, (3, 3) where a build under another name does not tell."""
+    """Return major and minor version, (3, 3) if a build under another name does not say."""
     try:
         return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     except importlib.metadata.PackageNotFoundError:

@@ -51,7 +51,7 @@ def _unstack(stack, COUNT: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def _move(tile, STEP: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr):
-    """moved[lane] = tile[lane - STEP], and 0 where no lane is there."""
+    """moved[lane] = tile[lane - STEP], and 0 if there is no such lane."""
     source = tl.arange(0, LANES) - STEP
     inside = (source >= 0) & (source < LANES)
     index = tl.where(inside, source, 0)[:, None] + tl.zeros([LANES, D], tl.int32)
@@ -60,7 +60,7 @@ def _move(tile, STEP: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _read_row(cells, y, keep, x, channel_ok, W, C: tl.constexpr, K: tl.constexpr):
-    """Row y of the grid -> K tiles; tile j has the cell in column j of each lane's window, 0 where ``keep`` is not.
+    """Row y of the grid -> K tiles; tile j has the cell in column j of each lane's window, 0 if ``keep`` is false.
 
     Neighbouring windows share columns, so a column is asked for up to ceil(K / S) times; see cuda.py on what it costs.
 
@@ -78,7 +78,7 @@ def _read_row(cells, y, keep, x, channel_ok, W, C: tl.constexpr, K: tl.constexpr
 
 @triton.jit
 def _softmax(logits, ok, SCALE: tl.constexpr, AREA: tl.constexpr):
-    """Weights of each key, AREA tensors [LANES, QUERIES], for the pointers of key 0; all 0 where ``ok`` is not."""
+    """Weights of each key, AREA tensors [LANES, QUERIES], for the pointers of key 0; all 0 if ``ok`` is false."""
     raw = ()
     for key in tl.static_range(AREA):
         raw = raw + (tl.load(logits + key, mask=ok, other=0.0).to(tl.float32),)

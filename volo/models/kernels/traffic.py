@@ -5,7 +5,7 @@ B images, H x W grid, C channels, h x w windows, K kernel side, d channels of on
 For our kernels (cuda_kernels.py) every element counts that a program asks for in a load or a store: all the programs
 of the grid, nothing taken off for what a cache answers. The tests check these sums against the masks of the kernels'
 own loads and stores. The least possible is every input read once and every output written once. The unfold path is
-the reference in eager mode, where every operation that is not a view reads its tensors and writes its results.
+the eager operator, in which every operation that is not a view reads its tensors and writes its results.
 """
 
 import torch
@@ -74,7 +74,7 @@ def least_bytes(
 def unfold_bytes(
     direction: str, grid: tuple[int, int, int], num_heads: int, head_dim: int, window: Window, dtype: torch.dtype
 ) -> int:
-    """Return the bytes that the reference moves, an operation at a time, on tensors without storage."""
+    """Return the bytes that the eager operator moves, an operation at a time, on tensors without storage."""
     B, H, W = grid
     K, S, P = window
     options = {"device": "meta", "dtype": dtype, "requires_grad": direction == "backward"}
