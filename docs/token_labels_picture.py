@@ -22,6 +22,7 @@ from volo.token_labels.writer import StoreWriter
 ROOT = Path(__file__).parents[1]
 
 PARTS = {"temple": ["temple", "sky", "shrubs", "water"], "dahlia": ["leaves", "shade", "dahlia"]}  # by size
+WIDTH = 1500  # pixels
 CELLS = (28, 42)  # of a label map: the photographs are 427 x 640
 
 
@@ -35,7 +36,8 @@ def clusters(photo: np.ndarray, count: int) -> np.ndarray:
     return rank[found].reshape(CELLS)
 
 
-def main() -> None:
+def main(output: Path) -> None:
+    """Write the picture, reduced to the width of a page."""
     photos = dict(zip(PARTS, load_sample_images().images, strict=True))
     names = [name for parts in PARTS.values() for name in parts]
     with tempfile.TemporaryDirectory() as folder:
@@ -59,14 +61,17 @@ def main() -> None:
             "token_label.geometry": "aligned",
             "augment.erase_prob": 0,
             "train.batch_size": 2,
-            "images": 2,
+            "num_images": 2,
             "epoch": 10,  # of those looked at, one with a photograph turned beyond its border
-            "output": ROOT / "docs/token_labels.png",
+            "output": output,
         }
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         config = ("--config", ROOT / "configs/volo_d1_224.yaml")
-        subprocess.run([sys.executable, ROOT / "scripts/show_batch.py", *config, *words, *sys.argv[1:]], check=True)
+        subprocess.run([sys.executable, ROOT / "scripts/show_batch.py", *config, *words], check=True)
+    picture = Image.open(output).convert("RGB")
+    smaller = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    smaller.quantize(256).save(output, optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(ROOT / "docs/token_labels.png")
