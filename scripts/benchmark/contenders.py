@@ -15,7 +15,7 @@ from timm.data import ImageDataset, create_loader
 
 from volo.config import AugmentConfig
 from volo.data.dataset import EvalImages, TrainImages
-from volo.data.pixels.decode import read_image
+from volo.data.pixels.decode import read_header
 from volo.data.pixels.transforms import EvalTransform, Plan, TrainTransform
 from volo.data.sources.base import FolderSource, PackedNames
 from volo.data.sources.records import ImageRecords, has_image_suffix
@@ -130,10 +130,10 @@ class LoaderBench:
         transform = TrainTransform(replace(self.recipe, backend="pillow"), self.image_hw)
         samples = []
         for index in batch:
-            image, _ = read_image(self.records.read(index), self.records.location(index))
+            image = read_header(self.records.read(index), self.records.location(index))
             label = torch.load(self.labels[index]).float()  # [2, 5, H, W]
-            plan = transform.draw(generator(0, "augment", epoch, index), *image.size)
-            samples.append((transform.apply(image, plan), warped(label, plan)))
+            plan = transform.draw(generator(0, "augment", epoch, index), image.width, image.height)
+            samples.append((transform.apply(image.decode(None), plan), warped(label, plan)))
         torch.stack([torch.from_numpy(pixels) for pixels, _ in samples])
         torch.stack([label for _, label in samples])
 

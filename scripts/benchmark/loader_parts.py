@@ -7,7 +7,7 @@ from contenders import LoaderBench
 
 from volo.data.dataset import TrainImages
 from volo.data.loader import TrainLoader, train_loader
-from volo.data.pixels.decode import read_image, read_pixels
+from volo.data.pixels.decode import read_header
 from volo.data.pixels.transforms import TrainTransform
 from volo.runtime.distributed import usable_cores
 from volo.runtime.rng import generator, torch_seed
@@ -16,24 +16,24 @@ from volo.runtime.rng import generator, torch_seed
 def stages(bench: LoaderBench) -> list[dict]:
     """Return the milliseconds per image of each part of the token-label recipe."""
     transform = TrainTransform(bench.recipe, bench.image_hw)
-    decode = read_pixels if transform.backend.native else read_image
     spent: dict[str, list[float]] = {}
     for epoch in range(bench.options.rounds + 1):  # the first is warmup
-        times = dict.fromkeys(("read", "header", "draw", "decode and pixels", "labels", "collate"), 0.0)
+        times = dict.fromkeys(("read", "header", "draw", "decode", "apply", "labels", "collate"), 0.0)
         images = TrainImages(bench.records, transform, 0, "fail", "ignore", bench.source)
         for index in range(len(bench.records)):
             marks = [time.thread_time()]
             data, name = bench.records.read(index), bench.records.location(index)
             marks.append(time.thread_time())
-            image, _ = decode(data, name)
+            image = read_header(data, name)
             marks.append(time.thread_time())
-            size = (image.height, image.width)
             torch_seed(0, "erase", epoch, index)
-            plan = transform.draw(generator(0, "augment", epoch, index), size[1], size[0])
+            plan = transform.draw(generator(0, "augment", epoch, index), image.width, image.height)
             marks.append(time.thread_time())
-            transform.apply(image, plan)
+            pixels = image.decode(transform.box_needed(plan, image.hw))
             marks.append(time.thread_time())
-            bench.source.transformed(index, plan, size, bench.image_hw)
+            transform.apply(pixels, plan)
+            marks.append(time.thread_time())
+            bench.source.transformed(index, plan, image.hw, bench.image_hw)
             marks.append(time.thread_time())
             for stage, begin, end in zip(times, marks, marks[1:], strict=False):
                 times[stage] += end - begin

@@ -12,7 +12,7 @@ from PIL import Image
 from volo.config import AugmentConfig
 from volo.data.dataset import Batch, TrainImages
 from volo.data.loader import EpochBatches, eval_loader, train_loader
-from volo.data.pixels.decode import Note, UnreadableImage, read_image
+from volo.data.pixels.decode import Note, UnreadableImage, from_image, read_image
 from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.folders import scan_class_folders
 from volo.runtime.rng import generator, torch_seed
@@ -137,7 +137,7 @@ def test_a_batch_is_what_its_keys_say(records):
         for row, index in enumerate(batch.indices.tolist()):
             image, notes = read_image(records.read(index), records.name(index))
             plan = TRANSFORM.draw(generator(5, "augment", 2, index), *image.size)
-            np.testing.assert_array_equal(batch.images[row].numpy(), TRANSFORM.apply(image, plan))
+            np.testing.assert_array_equal(batch.images[row].numpy(), TRANSFORM.apply(from_image(image), plan))
             assert tuple(batch.erase_boxes[row].tolist()) == plan.erase and batch.notes[row] == notes == 0
             assert batch.noise_seeds[row] == torch_seed(5, "erase", 2, index)
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from volo.config import AugmentConfig
-from volo.data.pixels import render as pixels
+from volo.data.pixels import decode, render
 from volo.data.pixels.crop import ResizedCrop
+from volo.data.pixels.plan import Plan
 from volo.data.pixels.rand_augment import Op
-from volo.data.pixels.render import Pixels, reused
-from volo.data.pixels.transforms import Plan, TrainTransform
+from volo.data.pixels.transforms import TrainTransform
 from volo.data.sources.archives import ArchiveSource
 from volo.data.sources.base import FolderSource, ImageSource, PackedNames
 from volo.data.sources.ranges import RangeReader
@@ -77,19 +77,19 @@ def test_a_forked_worker_copies_nothing_of_the_index():
     assert growth_in_a_fork(lambda i: listed[i]) > whole / 2
 
 
-@pytest.mark.skipif(pixels.unavailable_reason() is not None, reason="there is no compiler")
+@pytest.mark.skipif(render.unavailable_reason() is not None, reason="there is no compiler")
 def test_memory_of_a_huge_image_is_not_kept():
     """100 MB for the pixels and as much for each operation; what is kept is for images of a common size."""
     transform = TrainTransform(AugmentConfig(backend="native"), (32, 32))
     ops = (Op("Rotate", (20.0,), Image.Resampling.BILINEAR), Op("Sharpness", (1.5,)))
 
     def augment(side: int) -> None:
-        image = Pixels(side, side, lambda box: reused(side, side))
-        transform.apply(image, Plan("published", ResizedCrop(0, 0, side, side, Image.Resampling.BILINEAR), ops=ops))
+        plan = Plan("published", ResizedCrop(0, 0, side, side, Image.Resampling.BILINEAR), ops=ops)
+        transform.apply(decode.reused(side, side), plan)
 
     augment(500)
-    kept, before = pixels._memory.array, own_kilobytes()
+    kept, before = decode._memory.array, own_kilobytes()
     augment(5000)
     assert own_kilobytes() - before < 20_000
     augment(500)
-    assert pixels._memory.array is kept
+    assert decode._memory.array is kept

@@ -8,7 +8,9 @@ from PIL import Image
 
 from volo.config import AugmentConfig
 from volo.data.pixels.crop import ResizedCrop
-from volo.data.pixels.transforms import Plan, TrainTransform
+from volo.data.pixels.decode import from_image
+from volo.data.pixels.plan import Plan
+from volo.data.pixels.transforms import TrainTransform
 from volo.token_labels.store import TokenLabelMap
 from volo.token_labels.token_cells import token_cells
 
@@ -62,7 +64,7 @@ def disagreement(
     found = token_cells(labels, plan, image_hw, made.image_hw, grid, covers)
     at_label = np.einsum("ksq,sq->sk", found.scores[:, found.cells].reshape(2, *found.cells.shape), found.weights)
 
-    out = made.apply(position_image(*image_hw), plan).astype(np.float64)  # [3, H, W]
+    out = made.apply(from_image(position_image(*image_hw)), plan).astype(np.float64)  # [3, H, W]
     blocks = out.reshape(3, grid[0], out.shape[1] // grid[0], grid[1], out.shape[2] // grid[1])
     mean = blocks.mean((2, 4)).reshape(3, -1).T / 255  # [N, 3]
     clean = blocks.min((2, 4))[2].ravel() > 250  # nothing filled in under the token

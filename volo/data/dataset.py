@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from volo.data.pixels.decode import UnreadableImage, count_notes, read_image, read_pixels
+from volo.data.pixels.decode import UnreadableImage, count_notes, read_header
 from volo.data.pixels.transforms import EvalTransform, Plan, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.runtime.rng import generator, torch_seed
@@ -142,16 +142,13 @@ def collate(samples: list[Sample], sidecar: Sidecar | None = None) -> Batch:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Files, labels and how to read one."""
+    """What training and evaluation images have in common."""
 
-    def __init__(self, records: ImageRecords, transform: TrainTransform | EvalTransform, exif: str):
+    def __init__(self, records: ImageRecords, exif: str, sidecar: Sidecar | None = None):
         self.records = records
         self.labels = records.labels
-        self.transform = transform
         self.exif = exif
-        self._decode = read_pixels if transform.backend.native else read_image
-
-    sidecar: Sidecar | None = None
+        self.sidecar = sidecar
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -163,9 +160,6 @@ class _Images(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         """Return what image ``index`` goes by in messages."""
         return self.records.location(index)
-
-    def read(self, index: int):
-        return self._decode(self.records.read(index), self.name(index), self.exif)
 
 
 class TrainImages(_Images):
@@ -190,8 +184,8 @@ class TrainImages(_Images):
         exif: str,
         sidecar: Sidecar | None = None,
     ):
-        super().__init__(records, transform, exif)
-        self.sidecar = sidecar
+        super().__init__(records, exif, sidecar)
+        self.transform = transform
         self.seed = seed
         self.on_error = on_error
 
@@ -214,32 +208,37 @@ class TrainImages(_Images):
     def _augmented(self, index: int, rng: np.random.Generator, noise_seed: int) -> Sample:
         label = int(self.labels[index])
         try:
-            image, notes = self.read(index)
-            size = (image.height, image.width)
+            image = read_header(self.records.read(index), self.name(index), self.exif)
             plan = self.transform.draw(rng, image.width, image.height)
-            pixels = self.transform.apply(image, plan)  # native pixels are decoded here
+            box = self.transform.box_needed(plan, image.hw)
+            decoded = image.decode(box)
+            pixels = self.transform.apply(decoded, plan)
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
         beside = None
         if self.sidecar is not None:
             try:
-                beside = self.sidecar.transformed(index, plan, size, self.transform.image_hw)
+                beside = self.sidecar.transformed(index, plan, image.hw, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, pixels, label, plan.erase, noise_seed, notes, sidecar=beside)
+        return Sample(index, pixels, label, plan.erase, noise_seed, image.notes, sidecar=beside)
 
 
 class EvalImages(_Images):
     """Evaluation samples by index; an unreadable file gives a sample without an image, with the reason."""
 
     def __init__(self, records: ImageRecords, transform: EvalTransform, exif: str):
-        super().__init__(records, transform, exif)
+        super().__init__(records, exif)
+        self.transform = transform
 
     def __getitem__(self, index: int) -> Sample:
         label = int(self.labels[index])
         try:
-            image, notes = self.read(index)
-            pixels = self.transform(image)
+            image = read_header(self.records.read(index), self.name(index), self.exif)
+            plan = self.transform.plan(image.width, image.height)
+            box = self.transform.box_needed(plan, image.hw)
+            decoded = image.decode(box)
+            pixels = self.transform.apply(decoded, plan)
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, pixels, label, notes=notes)
+        return Sample(index, pixels, label, notes=image.notes)

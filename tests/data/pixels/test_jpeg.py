@@ -11,9 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from volo.data.pixels import jpeg_region
-from volo.data.pixels.decode import Note, UnreadableImage, read_image, read_pixels
+from volo.data.pixels.decode import Header, Note, UnreadableImage, read_header, read_image
 from volo.data.pixels.jpeg import plain_frame, top
-from volo.data.pixels.render import Pixels
 
 PHOTOGRAPHS = [Image.fromarray(array) for array in load_sample_images().images]  # 640 x 427
 SMALL = [image.crop((200, 100, 333, 197)) for image in PHOTOGRAPHS]
@@ -32,8 +31,8 @@ def by(request):
     yield request.param
 
 
-def whole(image: Pixels) -> np.ndarray:
-    return image._decode((0, 0, image.width, image.height))[..., :3]
+def whole(image: Header) -> np.ndarray:
+    return image.decode((0, 0, image.width, image.height))[..., :3]
 
 
 def encoded(image: Image.Image, **options) -> bytes:
@@ -65,9 +64,9 @@ def test_decoded_rows_are_pillows(kind, mode):
     exact, notes = read_image(data, "a.jpg")
     shorter = []
     for rows in (1, 7, 8, 9, 16, 17, 100, 160, 178, 186, 187, 195, 202, 203):
-        ours, ours_notes = read_pixels(data, "a.jpg")
-        assert (ours.height, ours.width, ours_notes) == (203, 331, notes)
-        np.testing.assert_array_equal(ours._decode((0, 0, 331, rows))[:rows, :, :3], np.asarray(exact)[:rows])
+        ours = read_header(data, "a.jpg")
+        assert (ours.height, ours.width, ours.notes) == (203, 331, notes)
+        np.testing.assert_array_equal(ours.decode((0, 0, 331, rows))[:rows, :, :3], np.asarray(exact)[:rows])
         shorter.append(top(data, plain_frame(data), rows) is not None)
     assert shorter[0] == (kind != "progressive") and not shorter[-1]
 
@@ -79,8 +78,8 @@ def test_orientation_tags_count_in_plain_jpegs_too(orientation):
     data = encoded(SMALL[0], exif=exif)
     for choice in ("ignore", "apply"):
         exact, notes = read_image(data, "a.png", choice)
-        ours, ours_notes = read_pixels(data, "a.png", choice)
-        assert ours_notes == notes and Note.OTHER_FORMAT in notes
+        ours = read_header(data, "a.png", choice)
+        assert ours.notes == notes and Note.OTHER_FORMAT in notes
         np.testing.assert_array_equal(whole(ours), np.asarray(exact))
 
 
@@ -102,8 +101,8 @@ def test_what_is_not_plain_goes_through_pillow(kind):
     data = kinds_for_pillow()[kind]
     assert plain_frame(data) is None
     exact, notes = read_image(data, "a.jpg")
-    ours, ours_notes = read_pixels(data, "a.jpg")
-    assert ours_notes == notes
+    ours = read_header(data, "a.jpg")
+    assert ours.notes == notes
     np.testing.assert_array_equal(whole(ours), np.asarray(exact))
 
 
@@ -124,8 +123,8 @@ def test_damaged_files_end_as_pillow_has_it(cut, flips):
             return str(error)
 
     def native():
-        image, notes = read_pixels(data, "a.jpg")
-        return np.array(whole(image)), notes
+        image = read_header(data, "a.jpg")
+        return np.array(whole(image)), image.notes
 
     def exact():
         image, notes = read_image(data, "a.jpg")
@@ -154,17 +153,17 @@ def test_damaged_headers_end_in_pillows_pixels_or_its_refusal(mode, progressive)
             data = bytearray(good)
             data[place] = value
             with contextlib.suppress(UnreadableImage):  # and no other error
-                read_pixels(bytes(data), "a.jpg")[0]._decode((0, 0, 1, 1))
+                read_header(bytes(data), "a.jpg").decode((0, 0, 1, 1))
             try:
                 exact = np.asarray(read_image(bytes(data), "a.jpg")[0])
             except UnreadableImage as error:
                 refused += 1
                 with pytest.raises(UnreadableImage) as caught:
-                    image = read_pixels(bytes(data), "a.jpg")[0]
+                    image = read_header(bytes(data), "a.jpg")
                     whole(image)
                 assert str(caught.value) == str(error)
                 continue
-            image = read_pixels(bytes(data), "a.jpg")[0]
+            image = read_header(bytes(data), "a.jpg")
             np.testing.assert_array_equal(whole(image), exact)
     assert refused > 10
 
@@ -183,4 +182,4 @@ def test_more_pixels_than_pillow_allows_are_refused_by_its_own_words(monkeypatch
     data = encoded(SMALL[0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="decompression bomb"):
-        read_pixels(data, "a.jpg")
+        read_header(data, "a.jpg")

@@ -18,10 +18,12 @@ from sklearn.datasets import load_sample_images
 from volo.config import AugmentConfig
 from volo.data.pixels import jpeg_region
 from volo.data.pixels import render as pixels
+from volo.data.pixels.backend import Backend
 from volo.data.pixels.crop import ResizedCrop, Shift
+from volo.data.pixels.decode import from_image
+from volo.data.pixels.plan import Plan
 from volo.data.pixels.rand_augment import _ARGUMENT, _GEOMETRIC, Op
-from volo.data.pixels.render import Pixels
-from volo.data.pixels.transforms import Backend, EvalTransform, Plan, TrainTransform
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.runtime import native as compiled
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
@@ -48,19 +50,17 @@ def both(config: AugmentConfig, image_hw: tuple[int, int]) -> tuple[TrainTransfo
     return tuple(TrainTransform(dataclasses.replace(config, backend=b), image_hw) for b in ("native", "pillow"))
 
 
-def only_needed(image: Image.Image) -> Pixels:
-    """Return an image of which only the box is there that is asked for; the rest is noise."""
-
-    def decode(box: pixels.Box) -> np.ndarray:
+def rendered(transform: TrainTransform | EvalTransform, image: Image.Image, plan: Plan) -> np.ndarray:
+    """Return what ``plan`` makes of an image of which only the box that is needed is there; the rest is noise."""
+    box = transform.box_needed(plan, (image.height, image.width))
+    pixels = from_image(image)
+    if box is not None:
         left, top, right, bottom = box
-        whole = pixels.from_image(image)
-        kept = whole[top:bottom, left:right].copy()
+        kept = pixels[top:bottom, left:right].copy()
         assert kept.size, box
-        whole[:] = np.random.default_rng(0).integers(0, 256, whole.shape, np.uint8)
-        whole[top:bottom, left:right] = kept
-        return whole
-
-    return Pixels(image.height, image.width, decode)
+        pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
+        pixels[top:bottom, left:right] = kept
+    return transform.apply(pixels, plan)
 
 
 # ---- operations and plans
@@ -78,7 +78,7 @@ def test_every_operation_is_pillows(name, order):
             for image in HALVES:
                 crop = ResizedCrop(17, 31, 161, 203, BILINEAR)
                 plan = Plan(order, crop, hflip=sign > 0, vflip=number == 2, ops=(op,))
-                assert_same(native.apply(only_needed(image), plan), exact.apply(image, plan))
+                assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
 @given(
@@ -97,7 +97,7 @@ def test_drawn_plans_are_pillows_at_any_size(seed, order, crop, size, out):
     native, exact = both(config, out)
     image = SMALL[seed % 2].crop((0, 0, *size))
     plan = native.draw(np.random.default_rng(seed), *size)
-    assert_same(native.apply(only_needed(image), plan), exact.apply(image, plan))
+    assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
 @pytest.mark.parametrize("order", ["timm", "published"])
@@ -106,7 +106,7 @@ def test_plans_of_the_published_recipe_are_pillows_on_photographs(order):
     for seed in range(24):
         image = PHOTOGRAPHS[seed % 2]
         plan = native.draw(np.random.default_rng(seed), *image.size)
-        assert_same(native.apply(only_needed(image), plan), exact.apply(image, plan))
+        assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
 def test_geometric_operations_take_pixels_from_where_they_say():
@@ -118,7 +118,8 @@ def test_geometric_operations_take_pixels_from_where_they_say():
     for name, value in (("ShearX", 0.27), ("ShearY", -0.2), ("TranslateXRel", 0.4), ("Rotate", 27.0)):
         op = Op(name, (value,), BILINEAR)
         a, b, c, d, e, f = pixels._affine(op, height, width)
-        out = native.apply(image, Plan("published", ResizedCrop(0, 0, height, width, BILINEAR), ops=(op,)))
+        plan = Plan("published", ResizedCrop(0, 0, height, width, BILINEAR), ops=(op,))
+        out = native.apply(from_image(image), plan)
         seen = out[2] == 255
         from_x, from_y = a * (x + 0.5) + b * (y + 0.5) + c - 0.5, d * (x + 0.5) + e * (y + 0.5) + f - 0.5
         inside = (from_x > 0) & (from_x < width - 1) & (from_y > 0) & (from_y < height - 1)
@@ -136,7 +137,8 @@ def test_geometric_operations_take_pixels_from_where_they_say():
 def test_evaluation_is_pillows(interpolation, crop_pct, image_hw):
     native, exact = (EvalTransform(image_hw, crop_pct, interpolation, backend) for backend in ("native", "pillow"))
     for image in (*PHOTOGRAPHS, *(image.transpose(Image.Transpose.ROTATE_90) for image in PHOTOGRAPHS), *SMALL):
-        np.testing.assert_array_equal(native(only_needed(image)), exact(image))
+        plan = native.plan(*image.size)
+        np.testing.assert_array_equal(rendered(native, image, plan), rendered(exact, image, plan))
 
 
 @given(
@@ -146,7 +148,8 @@ def test_evaluation_is_pillows(interpolation, crop_pct, image_hw):
 def test_resize_is_pillows_whichever_pass_comes_first(size, resized):
     for image, resample in zip(SMALL, (BILINEAR, BICUBIC), strict=True):
         image = image.crop((0, 0, *size))
-        ours = only_needed(image).resized(resized, (0, 0), resized, resample)
+        whole = Plan("timm", ResizedCrop(0, 0, image.height, image.width, resample))
+        ours = rendered(TrainTransform(AugmentConfig(backend="native"), resized), image, whole)
         np.testing.assert_array_equal(ours, np.asarray(image.resize(resized[::-1], resample)).transpose(2, 0, 1))
 
 
@@ -175,7 +178,7 @@ def test_without_a_compiler_auto_takes_pillow_and_native_is_refused(no_compiler,
         TrainTransform(AugmentConfig(backend="native"), (8, 8))
     transform = TrainTransform(AugmentConfig(), (8, 8))
     plan = transform.draw(np.random.default_rng(0), 20, 16)
-    assert transform.apply(make_picture(0), plan).shape == (3, 8, 8)
+    assert transform.apply(from_image(make_picture(0)), plan).shape == (3, 8, 8)
 
 
 def test_the_backend_says_what_it_is(monkeypatch):
@@ -192,7 +195,7 @@ def test_shift_is_pillows(make_picture):
         for top_, left in ((-4, 3), (0, 0), (40, 0), (2, -33)):
             plan = Plan("timm", Shift(top_, left), hflip=True, ops=(Op("Rotate", (9.0,), BICUBIC),))
             image = make_picture(1, *size)
-            assert_same(native.apply(only_needed(image), plan), exact.apply(image, plan))
+            assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
 def test_flags_keep_products_and_sums_apart():

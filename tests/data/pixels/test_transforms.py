@@ -9,8 +9,10 @@ from timm.data import create_transform
 
 from volo.config import AugmentConfig
 from volo.data.pixels.crop import ResizedCrop, Shift
+from volo.data.pixels.decode import from_image
+from volo.data.pixels.plan import Plan
 from volo.data.pixels.rand_augment import Op
-from volo.data.pixels.transforms import EvalTransform, Plan, TrainTransform
+from volo.data.pixels.transforms import EvalTransform, TrainTransform
 
 BICUBIC = Image.Resampling.BICUBIC
 SIZES = [(32, 32), (500, 375), (375, 500), (64, 300), (33, 32), (1, 9), (231, 233), (1, 1)]
@@ -47,9 +49,9 @@ def test_every_drawn_plan_can_be_applied(make_picture, order, crop, size):
     for seed in range(60):
         plan = transform.draw(np.random.default_rng(seed), *size)
         assert plan == transform.draw(np.random.default_rng(seed), *size)
-        pixels = transform.apply(image, plan)
+        pixels = transform.apply(from_image(image), plan)
         assert pixels.shape == (3, 16, 24) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-        np.testing.assert_array_equal(pixels, transform.apply(image, plan))
+        np.testing.assert_array_equal(pixels, transform.apply(from_image(image), plan))
 
 
 def test_the_steps_of_a_plan_in_either_order(make_picture):
@@ -65,12 +67,12 @@ def test_the_steps_of_a_plan_in_either_order(make_picture):
         return Image.fromarray(255 - np.asarray(image)[:, ::-1])
 
     ops = (Op("Invert"),)
-    timm_order = transform.apply(image, Plan("timm", crop, hflip=True, ops=ops))
+    timm_order = transform.apply(from_image(image), Plan("timm", crop, hflip=True, ops=ops))
     np.testing.assert_array_equal(timm_order, np.asarray(inverted_and_mirrored(cropped(image))).transpose(2, 0, 1))
-    reference = transform.apply(image, Plan("published", crop, hflip=True, ops=ops))
+    reference = transform.apply(from_image(image), Plan("published", crop, hflip=True, ops=ops))
     np.testing.assert_array_equal(reference, np.asarray(cropped(inverted_and_mirrored(image))).transpose(2, 0, 1))
     assert (timm_order != reference).any()
-    upside_down = transform.apply(image, Plan("timm", crop, vflip=True))
+    upside_down = transform.apply(from_image(image), Plan("timm", crop, vflip=True))
     np.testing.assert_array_equal(upside_down, np.asarray(cropped(image))[::-1].transpose(2, 0, 1))
 
 
@@ -82,7 +84,7 @@ def test_operations_come_after_flips_and_in_order(make_picture):
     step = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op in ops:
         step = op.apply(step, (124, 116, 104))
-    np.testing.assert_array_equal(transform.apply(image, plan), np.asarray(step).transpose(2, 0, 1))
+    np.testing.assert_array_equal(transform.apply(from_image(image), plan), np.asarray(step).transpose(2, 0, 1))
 
 
 def test_probabilities_of_flips_and_erasing():

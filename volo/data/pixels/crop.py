@@ -1,16 +1,37 @@
-"""Where in an image the network looks: the random resized crop and the random shift, drawn and applied.
+"""Where in an image the network looks: the random resized crop, the random shift and the centre crop.
 
-H, W are the height and width of the image or of the output. A draw says everything that is to happen; applying it
-draws nothing.
+A crop says everything that is to happen; applying it draws nothing. ``image_hw`` and ``out_hw`` are the (height, width)
+of the image and of the output, in pixels.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 _TRIES = 10
+Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has it
+
+
+class Window(NamedTuple):
+    """A crop as a renderer needs it: a box of the image is resized, and the output is a window of the result.
+
+    Args:
+        box: The box of the image, in pixels.
+        resized_hw: (height, width) that it is resized to.
+        top: Row of the resized box that becomes the first row of the output; may be negative.
+        left: Column of the resized box that becomes the first column; may be negative. What the output has outside
+            the resized box is black.
+        resample: Resampling of the resize.
+    """
+
+    box: Box
+    resized_hw: tuple[int, int]
+    top: int
+    left: int
+    resample: Image.Resampling
 
 
 @dataclass(frozen=True)
@@ -23,29 +44,46 @@ class ResizedCrop:
     width: int
     resample: Image.Resampling
 
-    def apply(self, image: Image.Image, out_hw: tuple[int, int]) -> Image.Image:
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
         box = (self.left, self.top, self.left + self.width, self.top + self.height)
-        return image.crop(box).resize((out_hw[1], out_hw[0]), self.resample)
+        return Window(box, out_hw, 0, 0, self.resample)
 
 
 @dataclass(frozen=True)
 class Shift:
-    """The whole image at the output size, moved; what is uncovered is black.
+    """The whole image at the output size, moved; uncovered areas are black.
 
     Args:
-        top: Row of the resized image that becomes the first row of the output; negative moves down.
-        left: Column of the resized image that becomes the first column; negative moves right.
+        top: Row of the resized image that becomes the first row of the output; a negative one moves the image down.
+        left: Column of the resized image that becomes the first column; a negative one moves the image right.
     """
 
     top: int
     left: int
 
-    def apply(self, image: Image.Image, out_hw: tuple[int, int]) -> Image.Image:
-        height, width = out_hw
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        # Pillow fills with black where a crop box leaves the image.
-        return image.crop((self.left, self.top, self.left + width, self.top + height))
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
+        return Window(_whole(image_hw), out_hw, self.top, self.left, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The centre of the whole image, resized to ``resized_hw``; black around it if that is smaller than the output."""
+
+    resized_hw: tuple[int, int]
+    resample: Image.Resampling
+
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
+        top, left = (_centred(side, out) for side, out in zip(self.resized_hw, out_hw, strict=True))
+        return Window(_whole(image_hw), self.resized_hw, top, left, self.resample)
+
+
+def _whole(image_hw: tuple[int, int]) -> Box:
+    return 0, 0, image_hw[1], image_hw[0]
+
+
+def _centred(side: int, out: int) -> int:
+    """Return where a centre crop begins, rounded as torchvision does; negative if it pads."""
+    return round((side - out) / 2) if side >= out else -((out - side) // 2)
 
 
 def draw_resized_crop(
@@ -57,10 +95,10 @@ def draw_resized_crop(
 ) -> ResizedCrop:
     """Draw a box of random area and aspect ratio, by the algorithm of torchvision's and timm's crop.
 
-    Ten boxes are tried; where none fits, the largest centred box of an allowed aspect ratio is taken.
+    Ten boxes are tried; if none fits, the largest centred box of an allowed aspect ratio is taken.
 
     Args:
-        rng: ImageSource of the draws.
+        rng: Generator to draw from.
         image_hw: Size of the image.
         scale: Smallest and largest area of the box, over the area of the image.
         ratio: Smallest and largest width over height; drawn log-uniformly.
@@ -85,12 +123,12 @@ def draw_resized_crop(
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Do what rng.uniform does, in a third of its time."""
+    """Do what rng.uniform does in a third of the time."""
     return low + (high - low) * rng.random()
 
 
 def draw_shift(rng: np.random.Generator, pixels: int) -> Shift:
-    """Draw a move of up to ``pixels`` in each of the four directions, uniform over whole pixels."""
+    """Draw a shift by up to ``pixels`` in either direction of each axis, uniform over whole pixels."""
     top, left = rng.integers(-pixels, pixels + 1, size=2)
     return Shift(int(top), int(left))
 
@@ -104,12 +142,11 @@ def draw_erase_box(
 ) -> tuple[int, int, int, int]:
     """Draw the box (top, left, bottom, right) of random erasing (arXiv 1708.04896); all zeros for none.
 
-    The algorithm and its ranges are timm's: ten boxes are tried, and one as long as a side of the image is not
-    taken.
+    The algorithm and its ranges are timm's: ten boxes are tried, and a box as long as a side of the image is rejected.
 
     Args:
-        rng: ImageSource of the draws.
-        image_hw: Size of the image that the box is for.
+        rng: Generator to draw from.
+        image_hw: Size of the image to erase from.
         prob: Probability of a box.
         area: Smallest and largest area over that of the image.
         aspect: Smallest and largest height over width; drawn log-uniformly.

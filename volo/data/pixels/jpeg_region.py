@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from volo.data.pixels.crop import Box
 from volo.data.pixels.jpeg import Frame, plain_frame
-from volo.data.pixels.render import Box
 from volo.runtime import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")

@@ -1,4 +1,4 @@
-"""What a plan does to the pixels of an image, natively: packs it for render.cpp, which is compiled on first use.
+"""Applies a plan to pixels natively: packs it for render.cpp, which is compiled on first use.
 
 The bytes are Pillow's (tests/data/pixels/test_render.py), in a fraction of the time. H, W are the height and width of
 the image, h, w those of the output.
@@ -8,21 +8,19 @@ import ctypes
 import functools
 import math
 import struct
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from volo.data.pixels.crop import ResizedCrop, Shift
+from volo.data.pixels.crop import Box
+from volo.data.pixels.plan import Plan
 from volo.data.pixels.rand_augment import Op
 from volo.runtime import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# A product and a sum keep their own roundings, as in Pillow.
+# Products and sums are rounded separately, as in Pillow.
 _FLAGS = ("-O3", "-ffp-contract=off")
-_SPARE = 64  # bytes behind the last pixel that render.cpp may read
 
 _JOB = struct.Struct("=21q")
 _OP = struct.Struct("=2q6d")
@@ -47,9 +45,6 @@ _KINDS = {
 }
 _AFFINE = 10
 _BICUBIC = Image.Resampling.BICUBIC
-_MOST_KEPT = 64 << 20  # bytes for an image that a thread keeps; every worker has its own
-_memory = threading.local()
-Box = tuple[int, int, int, int]
 
 
 def unavailable_reason() -> str | None:
@@ -57,127 +52,65 @@ def unavailable_reason() -> str | None:
     return _library.unavailable_reason()
 
 
-class Pixels:
-    """One image that is decoded when something is made of it, which may be once, and as much of it as that needs.
+def box_needed(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Box:
+    """Return the box of the image that :func:`render` will read.
 
     Args:
-        height: H.
-        width: W.
-        decode: Takes a box (left, top, right, bottom) and returns the image, uint8 [H, W, 4] from :func:`reused`, of
-            which at least the box is there. The fourth channel means nothing.
+        plan: What will be done.
+        image_hw: (H, W).
+        out_hw: (h, w).
     """
-
-    __slots__ = ("height", "width", "_decode")
-
-    def __init__(self, height: int, width: int, decode: Callable[[Box], np.ndarray]):
-        self.height = height
-        self.width = width
-        self._decode = decode
-
-    @classmethod
-    def of(cls, image: Image.Image) -> "Pixels":
-        """Return the pixels of an RGB image."""
-        return cls(image.height, image.width, lambda box: from_image(image))
-
-    def augmented(
-        self,
-        out_hw: tuple[int, int],
-        crop: ResizedCrop | Shift,
-        *,
-        ops_first: bool = False,
-        hflip: bool = False,
-        vflip: bool = False,
-        ops: tuple[Op, ...] = (),
-        fill: tuple[int, int, int] = (0, 0, 0),
-    ) -> np.ndarray:
-        """Return what a plan makes of the image, uint8 [3, h, w].
-
-        Args:
-            out_hw: (h, w).
-            crop: What becomes the output.
-            ops_first: Flips and operations come before the crop rather than after it.
-            hflip: Mirror left and right.
-            vflip: Mirror top and bottom.
-            ops: RandAugment operations, in order.
-            fill: Colour of what a geometric operation uncovers.
-        """
-        canvas = (self.height, self.width) if ops_first else out_hw
-        packed = b"".join([_pack(op, *canvas) for op in ops])
-        steps = (ops_first, hflip, vflip, len(ops), packed, fill)
-        if isinstance(crop, ResizedCrop):
-            box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-            return self._render(box, out_hw, (0, 0), out_hw, crop.resample, *steps)
-        return self._render((0, 0, self.width, self.height), out_hw, (crop.top, crop.left), out_hw, _BICUBIC, *steps)
-
-    def resized(
-        self, resized_hw: tuple[int, int], place: tuple[int, int], out_hw: tuple[int, int], resample: Image.Resampling
-    ) -> np.ndarray:
-        """Return the part of the resized image that begins at ``place`` (row, column), uint8 [3, h, w].
-
-        What lies beside the resized image is black.
-        """
-        return self._render((0, 0, self.width, self.height), resized_hw, place, out_hw, resample)
-
-    def _render(
-        self,
-        box: Box,
-        resized_hw: tuple[int, int],
-        place: tuple[int, int],
-        out_hw: tuple[int, int],
-        resample: Image.Resampling,
-        ops_first: bool = False,
-        hflip: bool = False,
-        vflip: bool = False,
-        num_ops: int = 0,
-        ops: bytes = b"",
-        fill: tuple[int, int, int] = (0, 0, 0),
-    ) -> np.ndarray:
-        job = _JOB.pack(
-            *(self.width, self.height, ops_first, hflip, vflip, num_ops),
-            *box,
-            *(resized_hw[1], resized_hw[0], place[1], place[0], out_hw[1], out_hw[0]),
-            *(resample == _BICUBIC, _tall_first()),
-            *fill,
-        )
-        library = _library.get()
-        needed = (ctypes.c_int64 * 4)()
-        library.box_needed(job, ops, needed)
-        array = self._decode(tuple(needed))
-        assert array.shape == (self.height, self.width, 4) and array.flags.c_contiguous
-        out = np.empty((3, *out_hw), np.uint8)
-        library.render(array.ctypes.data, job, ops, out.ctypes.data)
-        return out
+    needed = (ctypes.c_int64 * 4)()
+    _library.get().box_needed(*_pack(plan, image_hw, out_hw), needed)
+    left, top, right, bottom = needed
+    return left, top, right, bottom
 
 
-def reused(height: int, width: int) -> np.ndarray:
-    """Return uint8 [H, W, 4] of whatever, with spare bytes behind it, in memory that the thread's next call reuses.
+def render(pixels: np.ndarray, plan: Plan, out_hw: tuple[int, int], fill: tuple[int, int, int]) -> np.ndarray:
+    """Return what ``plan`` makes of an image.
 
-    New memory for every image would cost a tenth of what decoding it costs. Of huge images none is kept.
+    Args:
+        pixels: uint8 [H, W, 4] in memory of :func:`volo.data.pixels.decode.reused`; it is overwritten. Only the box
+            that is needed has to be decoded. The fourth channel is ignored.
+        plan: What to do, apart from erasing.
+        out_hw: (h, w).
+        fill: Colour of areas that a geometric operation uncovers.
+
+    Returns:
+        uint8 [3, h, w].
     """
-    size = height * width * 4
-    if size > _MOST_KEPT:
-        return np.empty(size + _SPARE, np.uint8)[:size].reshape(height, width, 4)
-    memory = getattr(_memory, "array", None)
-    if memory is None or len(memory) < size + _SPARE:
-        memory = _memory.array = np.empty(size + size // 4 + _SPARE, np.uint8)
-    return memory[:size].reshape(height, width, 4)
+    height, width, channels = pixels.shape
+    assert channels == 4 and pixels.flags.c_contiguous
+    out = np.empty((3, *out_hw), np.uint8)
+    _library.get().render(pixels.ctypes.data, *_pack(plan, (height, width), out_hw, fill), out.ctypes.data)
+    return out
 
 
-def from_image(image: Image.Image) -> np.ndarray:
-    """Return a copy of an RGB image in :func:`reused` memory."""
-    pixels = reused(image.height, image.width)
-    pixels[..., :3] = np.asarray(image)
-    return pixels
+def _pack(
+    plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int], fill: tuple[int, int, int] = (0, 0, 0)
+) -> tuple[bytes, bytes]:
+    """Return the job and the operations as render.cpp reads them."""
+    ops_first = plan.order == "published"
+    canvas = image_hw if ops_first else out_hw
+    window = plan.crop.window(image_hw, out_hw)
+    job = _JOB.pack(
+        *(image_hw[1], image_hw[0], ops_first, plan.hflip, plan.vflip, len(plan.ops)),
+        *window.box,
+        *(window.resized_hw[1], window.resized_hw[0], window.left, window.top, out_hw[1], out_hw[0]),
+        *(window.resample == _BICUBIC, _tall_first()),
+        *fill,
+    )
+    return job, b"".join([_pack_op(op, *canvas) for op in plan.ops])
 
 
-def _pack(op: Op, height: int, width: int) -> bytes:
+def _pack_op(op: Op, height: int, width: int) -> bytes:
     if op.resample is None:
         return _OP.pack(_KINDS[op.name], 0, *(op.args or (0.0,)), 0.0, 0.0, 0.0, 0.0, 0.0)
     return _OP.pack(_AFFINE, op.resample == _BICUBIC, *_affine(op, height, width))
 
 
 def _affine(op: Op, height: int, width: int) -> tuple[float, float, float, float, float, float]:
-    """Return the six numbers that timm hands to Pillow, or that Pillow makes of an angle, for a canvas."""
+    """Return the affine matrix that timm passes to Pillow, or that Pillow computes from an angle, for this canvas."""
     value = op.args[0]
     if op.name == "ShearX":
         return 1.0, value, 0.0, 0.0, 1.0, 0.0
@@ -196,7 +129,7 @@ def _affine(op: Op, height: int, width: int) -> tuple[float, float, float, float
 
 @functools.cache
 def _tall_first() -> bool:
-    """Tell whether this Pillow resizes what loses most of its height downwards first, as it does from 13 on."""
+    """Tell whether this Pillow resizes first in height if height shrinks most, as it does from version 13 on."""
     image = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(8, 3) ** 2)
     return image.resize((4, 4), _BICUBIC) == image.resize((3, 4), _BICUBIC).resize((4, 4), _BICUBIC)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from volo.data.pixels.decode import UnreadableImage, read_image
-from volo.data.pixels.transforms import EvalTransform, to_array
+from volo.data.pixels.pillow_render import to_array
+from volo.data.pixels.transforms import EvalTransform
 from volo.data.sources.records import ImageRecords
 from volo.data.workers import BatchReader
 
