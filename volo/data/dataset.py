@@ -110,12 +110,6 @@ class Batch:
         sidecar = self.sidecar and self.sidecar.map(Tensor.pin_memory)
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), sidecar=sidecar)
 
-    def head(self, most: int) -> "Batch":
-        """Return its first ``most`` images, or all where there are fewer; the failures stay those of the whole."""
-        names = ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes")
-        sidecar = self.sidecar and self.sidecar.map(lambda tensor: tensor[:most])
-        return replace(self, **{name: getattr(self, name)[:most] for name in names}, sidecar=sidecar)
-
     def note_counts(self) -> dict[str, int]:
         """Count how many images carry each note; notes that do not occur are left out."""
         return count_notes(self.notes.tolist())

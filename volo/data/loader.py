@@ -121,8 +121,7 @@ class TrainLoader:
         epochs: int | None,
     ):
         self.batches = batches
-        self._on_error = dataset.on_error
-        self._first: tuple[int, Batch] | None = None
+        self._dataset = dataset
         self._reader = BatchReader(
             dataset,
             partial(batches.keys_from, epochs=epochs),
@@ -158,27 +157,20 @@ class TrainLoader:
         """
         passes = self.batches.passes_per_epoch
         for number in range(start_step * self.batches.micro_batches, passes):
-            batch = self._read(epoch * passes + number)
-            self._first = None
+            batch = self._reader.read(epoch * passes + number)
             if len(batch) < self.batches.chunk:
                 self._reader.close()
-                raise _unreadable(batch.failures, self._on_error)
+                raise _unreadable(batch.failures, self._dataset.on_error)
             yield batch
 
-    def peek(self, epoch: int, step: int, most: int) -> Batch:
-        """Return the first ``most`` images of the micro-batch that ``step`` begins with, which is read once only.
+    def first_images(self, epoch: int, step: int, most: int) -> Batch:
+        """Return the first ``most`` images that this rank sees in a step, read in this process for a picture of them.
 
         Unreadable files are left out: they are reported when their turn comes.
         """
         number = epoch * self.batches.passes_per_epoch + step * self.batches.micro_batches
-        self._first = number, self._read(number)
-        return self._first[1].head(most)
-
-    def _read(self, number: int) -> Batch:
-        """Return micro-batch ``number`` of this rank, counted from the first of epoch 0."""
-        if self._first is not None and self._first[0] == number:
-            return self._first[1]
-        return self._reader.read(number)
+        keys = next(self.batches.keys_from(number, None))[:most]
+        return self._dataset.collate([self._dataset[key] for key in keys])
 
 
 class EvalLoader:

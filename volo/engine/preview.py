@@ -20,7 +20,7 @@ def batch_picture(
     """
     if learner.config.mix.mixes_images:
         most -= most % 2  # images mix in pairs
-    batch = loader.peek(epoch, step, most)
+    batch = loader.first_images(epoch, step, most)
     if len(batch) == 0 or (learner.config.mix.mixes_images and len(batch) % 2):
         return None
     inputs = learner.inputs(batch, epoch, step, micro=0)
