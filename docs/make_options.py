@@ -56,6 +56,7 @@ def programs() -> dict[str, type]:
         "pack_token_labels.py": PackOptions,
         **{f"prepare_imagenet.py {command}": options for command, options in COMMANDS.items()},
         "benchmark/model.py": defined_in("benchmark/model.py", "ModelBenchmarkOptions"),
+        "benchmark/step.py": defined_in("benchmark/step.py", "StepOptions"),
         "benchmark/loader.py": defined_in("benchmark/loader.py", "LoaderBenchmarkOptions"),
     }
 

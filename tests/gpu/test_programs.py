@@ -55,8 +55,9 @@ def test_labels_and_student(folder):
     train = folder / "images" / "train"
     teacher = folder / "runs" / "whole"
     programs.run(
-        GENERATE, "--images", train, "--teacher", "volo_nano", 
-        "--teacher_checkpoint", teacher / "best.pt", "--output", folder / "labels", "--top_k", "3", "--device", DEVICE, cwd=folder,
+        GENERATE, "--images", train, "--teacher", "volo_nano",
+        "--teacher_checkpoint", teacher / "best.pt", "--output", folder / "labels", "--top_k", "3",
+        "--device", DEVICE, cwd=folder,
     ).assert_done()  # fmt: skip
     for geometry in ("aligned", "published"):
         order = {"aligned": "timm", "published": "published"}[geometry]

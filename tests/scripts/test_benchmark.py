@@ -53,6 +53,13 @@ def test_profile_tells_the_kinds_of_work_apart(tmp_path):
     assert both["linear layers"]["ours, ms"] == max(both[kind]["ours, ms"] for kind in kinds)
 
 
+def test_whole_steps_beside_timm(tmp_path):
+    words = ("--networks", "volo_d1:32:2", "--variants", "2", "--steps", "1", "--rounds", "2", "--device", "cpu")
+    rows = benchmark(tmp_path, "step.py", *words)["rows"]
+    assert [row["who"] for row in rows] == ["ours cheap, channels_last", "timm", "timm, channels_last", "ours", "timm"]
+    assert all(row["images/s"] > 0 and row["host, ms"] > 0 for row in rows)
+
+
 def test_memory_counts_what_each_keeps(tmp_path):
     kept = {row["who"]: row["MB an image"] for row in measured(tmp_path, "memory")}
     # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.

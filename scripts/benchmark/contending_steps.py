@@ -1,0 +1,224 @@
+"""Optimizer steps and inference of ours and of timm, on one device: how each is built and timed."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from output import cpu_name, print_table, save_json
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from volo.build import make_network
+from volo.config import AugmentConfig, Config, EmaConfig, ModelConfig, TrainConfig
+from volo.data.dataset import Batch
+from volo.engine.batch_layout import BatchLayout
+from volo.engine.learner import Learner
+from volo.models import create_model
+from volo.runtime.distributed import World
+
+if TYPE_CHECKING:
+    from step import StepOptions
+
+# Dense bf16 products per second; from the makers' data sheets (SXM versions).
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# recompute, channels_last, compile
+VARIANTS = {
+    "none": ("none", False, False),
+    "none, channels_last": ("none", True, False),
+    "cheap, channels_last": ("cheap", True, False),
+    "blocks, channels_last": ("blocks", True, False),
+    "none, channels_last, compile": ("none", True, True),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to time: its name, its image side in pixels and the batch size."""
+
+    name: str
+    side: int
+    batch: int
+
+
+def run_benchmark(options: "StepOptions") -> int:
+    """Time what the options ask for, print and save the table; return the exit code."""
+    cuda = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = True
+    rows = []
+    for word in options.networks.split(","):
+        name, side, batch = word.split(":")
+        network = Network(name, int(side), int(batch))
+        flops = forward_flops(network)
+        for what, who, step in contenders(options, network, device):
+            row = {"network": word, "what": what, "who": who} | timed(options, step, network.batch, device)
+            if peak := next((p for card, p in PEAKS.items() if card in card_name(device)), None):
+                passes = 3 if what == "train" else 1
+                row["of peak, %"] = round(100 * passes * flops * row.get("images/s", 0) / peak, 1)
+            rows.append(row)
+            print(*row.values(), sep="  ", flush=True)
+    title = f"optimizer steps and inference: {card_name(device)}, torch {torch.__version__}, timm {timm.__version__}"
+    print(title)
+    print_table(rows)
+    save_json(options.json, title, rows, [])
+    return 0
+
+
+def contenders(options: "StepOptions", network: Network, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
+    """Yield ("train" or "inference", name, step); each is built when its turn comes, and freed after it."""
+    compiled = (False, True) if options.compile else (False,)
+    if options.training:
+        for number in options.variants.split(","):
+            who = list(VARIANTS)[int(number)]
+            yield "train", f"ours {who}", our_step(network, device, *VARIANTS[who])
+        for last in (False, True):
+            for fast in compiled if last else (False,):
+                name = "timm" + ", channels_last" * last + ", compile" * fast
+                yield "train", name, timm_step(network, device, last, fast)
+    if options.inference:
+        for fast in compiled:
+            for who, build in (("ours", our_network), ("timm", timm_network)):
+                model = build(network, device).eval()
+                if fast:
+                    model.compile()
+                yield "inference", who + ", compile" * fast, forward(model, noise(network, device))
+
+
+def our_step(network: Network, device: torch.device, recompute: str, channels_last: bool, compile: bool) -> Callable:
+    config = Config(
+        model=ModelConfig(name=network.name, img_size=network.side, drop_path_rate=0.1),
+        augment=AugmentConfig(),
+        ema=EmaConfig(enabled=True),
+        train=TrainConfig(
+            device=device.type, batch_size=network.batch, recompute=recompute, channels_last=channels_last,
+            compile=compile, precision="auto",
+        ),
+    )  # fmt: skip
+    world = World(0, 1, 0, device)
+    learner = Learner(config, world, BatchLayout.of(config, 1), make_network(config, world))
+    learner.wrapped.train()
+    B, side = network.batch, network.side
+    batch = Batch(
+        images=torch.randint(256, (B, 3, side, side), dtype=torch.uint8),
+        labels=torch.randint(1000, (B,)),
+        erase_boxes=torch.zeros(B, 4, dtype=torch.int64),
+        noise_seeds=torch.arange(B),
+        indices=torch.arange(B),
+        notes=torch.zeros(B, dtype=torch.int64),
+        failures=[],
+    )
+    batch.erase_boxes[::4] = torch.tensor([side // 4, side // 4, side // 2, side // 2])  # a quarter, as published
+    batch = batch.pin_memory() if device.type == "cuda" else batch
+
+    def step(number: int) -> None:
+        learner.forward_backward(batch, 0, number, 0)
+        learner.update(1e-4, number)
+
+    return step
+
+
+def timm_step(network: Network, device: torch.device, channels_last: bool, compile: bool) -> Callable:
+    model = timm_network(network, device, drop_path_rate=0.1).train()
+    images = noise(network, device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-4, weight_decay=0.05)
+    ema = ModelEmaV3(model, decay=0.9999)
+    target = torch.randint(1000, (network.batch,), device=device)
+    forward_train = torch.compile(model.forward_train) if compile else model.forward_train
+
+    def step(number: int) -> None:
+        with autocast(device):
+            features, tokens, _ = forward_train(images)
+            cls = model.head(features)  # timm's forward_train leaves it out
+        loss = cross_entropy(cls.float(), target)
+        loss = loss + 0.5 * cross_entropy(tokens.float().flatten(0, 1), target.repeat_interleave(tokens.shape[1]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+
+    return step
+
+
+def forward(model: nn.Module, images: Tensor) -> Callable:
+    def step(number: int) -> None:
+        with torch.inference_mode(), autocast(images.device):
+            model(images)
+
+    return step
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return what train.precision auto gives: bf16 on CUDA, fp32 on the CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def our_network(network: Network, device: torch.device) -> nn.Module:
+    return create_model(network.name, img_size=network.side).to(device)
+
+
+def timm_network(network: Network, device: torch.device, **options) -> nn.Module:
+    return timm.create_model(f"{network.name}_224", img_size=network.side, **options).to(device)
+
+
+def noise(network: Network, device: torch.device) -> Tensor:
+    return torch.randn(network.batch, 3, network.side, network.side, device=device)
+
+
+def timed(options: "StepOptions", step: Callable, batch: int, device: torch.device) -> dict:
+    """Return images/s, milliseconds a step, those of the host, and the peak of memory; or what went wrong."""
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else (lambda: None)
+    whole, host = [], []
+    try:
+        begin = time.perf_counter()
+        for number in range(3):
+            step(number)
+        wait()
+        first = time.perf_counter() - begin
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(options.rounds):
+            begin = time.perf_counter()
+            for number in range(options.steps):
+                step(number)
+                if number == 0:  # later ones may wait for room in the device's queue
+                    host.append(time.perf_counter() - begin)
+            wait()
+            whole.append((time.perf_counter() - begin) / options.steps)
+    except torch.OutOfMemoryError:
+        return {"images/s": 0, "ms": "out of memory"}
+    finally:
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+    seconds = statistics.median(whole)
+    return {
+        "images/s": round(batch / seconds),
+        "ms": round(1000 * seconds, 1),
+        "spread": f"{1000 * min(whole):.1f} - {1000 * max(whole):.1f}",
+        "host, ms": round(1000 * statistics.median(host), 1),
+        "first 3, s": round(first, 1),
+        "GB": round(peak / 1e9, 1),
+    }
+
+
+def forward_flops(network: Network) -> int:
+    """Return the floating-point operations per image of timm's forward pass, a multiply-add counted as two."""
+    model = timm_network(network, torch.device("cpu")).eval()
+    # The counter knows products, and not every fused attention that is made of them.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, network.side, network.side))
+    return counter.get_total_flops()
+
+
+def card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
