@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volo.token_labels import store, writer
-from volo.token_labels.opening import check_covers, check_orientation, open_labels
+from volo.token_labels.opening import check_orientation, match_images, open_labels
 from volo.token_labels.pt_folder import PublishedLabels, sample
 from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
 from volo.token_labels.writer import StoreWriter
@@ -679,35 +679,35 @@ def test_labels_cover_the_images(tmp_path):
     opened = TokenLabelStore(write_store(tmp_path / "labels", LABELS, classes=NAMES))
     keys = ["cat/c2", "cat/c0"]
     for classes in (NAMES, list(NAMES), None):
-        assert check_covers(opened, keys, 10, classes).tolist() == [2, 0]
+        assert match_images(opened, keys, 10, classes).tolist() == [2, 0]
 
 
 def test_missing_labels_are_listed(packed):
     keys = [*LABELS, *(f"dog/d{i:02}" for i in range(1234))]
     with pytest.raises(ValueError, match="no label for 1,234 of 1,238 images: dog/d00, .*dog/d09 and 1,224 more") as e:
-        check_covers(TokenLabelStore(packed), keys, 10, None)
+        match_images(TokenLabelStore(packed), keys, 10, None)
     assert "dog/d10" not in str(e.value) and "'cat/c0': is it the store of another image folder?" in str(e.value)
     with pytest.raises(ValueError, match="no label for 1 of 1 images: x. "):
-        check_covers(TokenLabelStore(packed), ["x"], 10, None)
+        match_images(TokenLabelStore(packed), ["x"], 10, None)
 
 
 def test_other_classes_are_refused(tmp_path):
     opened = TokenLabelStore(write_store(tmp_path / "labels", LABELS, classes=NAMES))
     with pytest.raises(ValueError, match="labels: the teacher a teacher had 10 classes, the data set has 1,000"):
-        check_covers(opened, [*LABELS], 1000, None)
+        match_images(opened, [*LABELS], 1000, None)
     with pytest.raises(ValueError, match="class 8 is 'i' there and 'j' in the data set"):
-        check_covers(opened, [*LABELS], 10, (*NAMES[:8], "j", "i"))
+        match_images(opened, [*LABELS], 10, (*NAMES[:8], "j", "i"))
 
 
 def test_images_of_one_name_cannot_share_a_label(packed):
     with pytest.raises(ValueError, match="1 names belong to several images.*: cat/c1. Rename"):
-        check_covers(TokenLabelStore(packed), ["cat/c1", "cat/c2", "cat/c1"], 10, None)
+        match_images(TokenLabelStore(packed), ["cat/c1", "cat/c2", "cat/c1"], 10, None)
 
 
 def test_published_labels_are_held_to_the_classes_of_the_data_set(tmp_path):
     opened = open_labels(published(tmp_path, {"a/x": with_class(9)}))
     opened.read(0)
-    assert check_covers(opened, ["a/x"], 9, None).tolist() == [0]
+    assert match_images(opened, ["a/x"], 9, None).tolist() == [0]
     assert opened.header.num_classes == 9
     for labels in (opened, pickle.loads(pickle.dumps(opened))):
         with pytest.raises(ValueError, match=r"a/x.pt: class index 9, allowed is 0 \.\.\. 8"):

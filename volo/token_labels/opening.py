@@ -22,7 +22,7 @@ def open_labels(path: str | os.PathLike) -> TokenLabelStore | PublishedLabels:
     return PublishedLabels(path)
 
 
-def check_covers(
+def match_images(
     labels: TokenLabelStore | PublishedLabels, keys: Sequence[str], num_classes: int, classes: tuple[str, ...] | None
 ) -> np.ndarray:
     """Return the entry of each image, int64 [n], once it is sure that the labels belong to the images.

@@ -13,7 +13,7 @@ from volo.data.sources.records import class_names, has_image_suffix, imagenet_cl
 from volo.reporting import ProgressBar, setup_logging
 from volo.runtime.program import DONE, checking_usage, with_options_of
 from volo.token_labels.images import OPTIONS_HERE, open_images
-from volo.token_labels.opening import check_covers
+from volo.token_labels.opening import match_images
 from volo.token_labels.pack_options import PackOptions
 from volo.token_labels.pt_folder import PublishedLabels, files_below
 from volo.token_labels.store import label_key
@@ -99,7 +99,7 @@ def entry_keys(labels: PublishedLabels, names: PackedNames | None, num_classes: 
     if names is None:
         return keys
     image_keys = [label_key(name) for name in names]
-    for key, entry in zip(image_keys, check_covers(labels, image_keys, num_classes, None), strict=True):
+    for key, entry in zip(image_keys, match_images(labels, image_keys, num_classes, None), strict=True):
         keys[entry] = key  # the label file's name may have been cut at the first dot
     _logger.info("%d images have a label each; %d labels belong to none of them", len(names), len(keys) - len(names))
     return keys

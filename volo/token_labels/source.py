@@ -7,7 +7,7 @@ import numpy as np
 
 from volo.data.pixels.transforms import Plan
 from volo.token_labels import aligned, published
-from volo.token_labels.opening import check_covers, check_orientation, open_labels
+from volo.token_labels.opening import check_orientation, match_images, open_labels
 from volo.token_labels.pt_folder import PublishedLabels, sample
 from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 
@@ -55,7 +55,7 @@ class LabelSource:
                 )
             self.labels.verify_checksums()
         check_orientation(self.labels, exif)
-        self.entries: np.ndarray = check_covers(self.labels, [label_key(name) for name in names], len(classes), classes)
+        self.entries: np.ndarray = match_images(self.labels, [label_key(name) for name in names], len(classes), classes)
         self.grid = grid
         self.geometry = geometry
         self._rules = _GEOMETRIES[geometry]

@@ -36,7 +36,7 @@ def given(make_image_folder, tmp_path) -> dict:
 
 def die_at(index: int, monkeypatch, before: Path | None = None) -> None:
     """Let the worker that comes to image ``index`` be killed; if ``before`` is given, only the first that does."""
-    get = teacher_input._Images.__getitem__
+    get = teacher_input._TeacherImages.__getitem__
 
     def die(self, key):
         if key == index and not (before and before.exists()):
@@ -45,7 +45,7 @@ def die_at(index: int, monkeypatch, before: Path | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return get(self, key)
 
-    monkeypatch.setattr(teacher_input._Images, "__getitem__", die)
+    monkeypatch.setattr(teacher_input._TeacherImages, "__getitem__", die)
 
 
 def exit_code(given: dict, monkeypatch) -> int:

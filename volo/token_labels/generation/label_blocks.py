@@ -28,7 +28,7 @@ _OPTIONS = "options.json"
 
 
 @dataclass
-class Block:
+class LabelBlock:
     """The labels of one block: (index of the image, map), counts of right predictions, and unreadable images."""
 
     labels: list[tuple[int, TokenLabelMap]]
@@ -94,7 +94,7 @@ class BlockFolder:
         there = {entry.name for entry in os.scandir(self.path)}
         return [number for number in range(len(self)) if self._file(number).name not in there]
 
-    def write(self, number: int, block: Block) -> None:
+    def write(self, number: int, block: LabelBlock) -> None:
         """Write a block; it is on disk when this returns."""
         maps = [label for _, label in block.labels]
         arrays = {
@@ -109,7 +109,7 @@ class BlockFolder:
         with atomic_file(self._file(number)) as file:
             np.savez(file, **arrays)
 
-    def read(self, number: int) -> Block:
+    def read(self, number: int) -> LabelBlock:
         """Read a block; ValueError if its file is damaged."""
         file = self._file(number)
         try:
@@ -124,7 +124,7 @@ class BlockFolder:
                 f"{file} is damaged ({type(error).__name__}: {error}); remove it and start again: only its "
                 "images are labelled again"
             ) from error
-        return Block(labels, correct, skipped)
+        return LabelBlock(labels, correct, skipped)
 
     def remove(self) -> None:
         """Delete the folder."""

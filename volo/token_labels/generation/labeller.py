@@ -12,7 +12,7 @@ from torch import Tensor
 
 from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.records import ImageRecords
-from volo.token_labels.generation.label_blocks import Block
+from volo.token_labels.generation.label_blocks import LabelBlock
 from volo.token_labels.generation.teacher import Teacher
 from volo.token_labels.generation.teacher_input import Chunk
 from volo.token_labels.store import TokenLabelMap
@@ -60,7 +60,7 @@ class Labeller:
         mean, std = (torch.tensor(values, device=device) * 255 for values in (teacher.mean, teacher.std))
         self._mean, self._std = mean.view(3, 1, 1), std.view(3, 1, 1)
 
-    def block(self, chunks: Iterable[Chunk], on_images: Callable[[int], None] = lambda images: None) -> Block:
+    def block(self, chunks: Iterable[Chunk], on_images: Callable[[int], None] = lambda images: None) -> LabelBlock:
         """Label the images of one block.
 
         Images of one size share a forward pass; for that they wait for one another, but never beyond the block.
@@ -97,7 +97,9 @@ class Labeller:
         # Only here does the host wait for the device.
         labels = [pair for labelled in done for pair in self._maps(labelled)]
         correct = sum((labelled.correct for labelled in done), torch.zeros(2, dtype=torch.int64, device=self.device))
-        return Block(sorted(labels, key=lambda pair: pair[0]), tuple(correct.tolist()), dict(sorted(skipped.items())))
+        return LabelBlock(
+            sorted(labels, key=lambda pair: pair[0]), tuple(correct.tolist()), dict(sorted(skipped.items()))
+        )
 
     def _label(self, group: list[tuple[int, Tensor]]) -> _Labelled:
         indices = [index for index, _ in group]

@@ -83,7 +83,7 @@ class Chunk:
             yield index, part.view(3, height, width)
 
 
-class _Images(Dataset):
+class _TeacherImages(Dataset):
     """By index: (index, pixels or None, why it cannot be read)."""
 
     def __init__(self, records: ImageRecords, teacher_input: TeacherInput, covers: str, exif: str):
@@ -144,7 +144,7 @@ def read_chunks(
     cut = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
     chunks = [chunk for block in cut for chunk in block]
     reader = BatchReader(
-        _Images(records, teacher_input, covers, exif),
+        _TeacherImages(records, teacher_input, covers, exif),
         lambda number: iter(chunks[number:]),
         workers=min(workers, len(chunks)),
         pin_memory=False,
