@@ -19,7 +19,7 @@ from volo.token_labels.store import MAX_CLASSES, StoreHeader, TokenLabelMap, che
 _SUFFIX = ".pt"
 _FILES_FOR_SHAPE = 5
 # From here on float16 skips integers, so a class index stored in it may be that of a neighbour.
-_EXACT_IN_FLOAT16 = 2048
+EXACT_IN_FLOAT16 = 2048
 
 
 class PublishedLabels:
@@ -167,9 +167,9 @@ def _class_indices(plane: Tensor, path: Path) -> np.ndarray:
         raise _no_label(
             path, f"its class index {highest:.0f} is above {MAX_CLASSES - 1:,}, the most that can be stored"
         )
-    if plane.dtype == torch.float16 and highest > _EXACT_IN_FLOAT16:
+    if plane.dtype == torch.float16 and highest > EXACT_IN_FLOAT16:
         raise ValueError(
-            f"{path} gives class index {highest:.0f} in float16, which is exact up to {_EXACT_IN_FLOAT16:,} only; "
+            f"{path} gives class index {highest:.0f} in float16, which is exact up to {EXACT_IN_FLOAT16:,} only; "
             "generate labels with scripts/generate_token_labels.py, or save them as float32"
         )
     return values.clip(-1).astype(np.int16)  # anything below zero is refused with the same words

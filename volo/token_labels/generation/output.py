@@ -15,13 +15,13 @@ import torch
 
 from volo.data.sources.records import ImageRecords
 from volo.reporting import ProgressBar
+from volo.runtime.files import sync_folder
 from volo.runtime.signals import StopRequest
 from volo.token_labels.generation.label_blocks import BlockFolder
 from volo.token_labels.generation.options import GenerateOptions
+from volo.token_labels.pt_folder import EXACT_IN_FLOAT16
 from volo.token_labels.store import MAX_CLASSES, TokenLabelMap, label_key
 from volo.token_labels.writer import StoreWriter
-
-_EXACT_IN_FLOAT16 = 2048
 
 
 class Stopped(Exception):
@@ -48,9 +48,9 @@ def require_storable(layout: str, records: ImageRecords) -> None:
     num_classes = len(records.classes)
     if num_classes > MAX_CLASSES:
         raise ValueError(f"--class_list has {num_classes:,} classes; labels are stored for up to {MAX_CLASSES:,}")
-    if layout == "published" and num_classes > _EXACT_IN_FLOAT16 + 1:
+    if layout == "published" and num_classes > EXACT_IN_FLOAT16 + 1:
         raise ValueError(
-            f"--format published keeps class indices in float16, which is exact up to {_EXACT_IN_FLOAT16:,}, and "
+            f"--format published keeps class indices in float16, which is exact up to {EXACT_IN_FLOAT16:,}, and "
             f"there are {num_classes:,} classes; use --format packed"
         )
     name_of = published_name if layout == "published" else label_key
@@ -131,4 +131,6 @@ def write_published(
     except BaseException:
         shutil.rmtree(partial)
         raise
+    os.sync()  # once, rather than for each of a million files
     os.replace(partial, output)
+    sync_folder(output.parent)
