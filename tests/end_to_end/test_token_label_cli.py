@@ -94,7 +94,7 @@ def test_labels_that_do_not_belong_are_refused_before_the_first_step(images, sto
         (
             {},
             write_store(tmp_path / "more", images, classes=tuple("abcdefg")),
-            ("7 classes", "the data set has 3"),
+            ("7 classes", "data set has 3"),
         ),
         ({}, tmp_path / "nothing", ("nothing",)),
     ]
@@ -133,7 +133,7 @@ def test_labels_of_images_turned_otherwise_are_refused(images, store, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", images, schedule={"epochs": 1})
     for labels, exif, other in ((store, "apply", "ignore"), (turned, "ignore", "apply")):
         words = ("--config", recipe, "--token_label.root", labels, "--data.exif")
-        run(TRAIN, *words, exif, cwd=tmp_path).assert_failed(USAGE, str(labels), f"set --data.exif {other}")
+        run(TRAIN, *words, exif, cwd=tmp_path).assert_failed(USAGE, str(labels), f"--data.exif {other}")
         run(TRAIN, *words, other, "--train.name", other, cwd=tmp_path).assert_done()
 
 
@@ -198,7 +198,7 @@ def test_damaged_label_files_are_left_out_and_reported_where_asked_for(images, t
     for ranks in (1, 2):
         ended = start(TRAIN, *words, "--train.name", f"on{ranks}", cwd=tmp_path, ranks=ranks).finish()
         out = [one.assert_done() for one in ended][0].out
-        assert "2 of 36 label files that were tried are damaged; data.on_error is skip" in out
+        assert "2 of 36 label files" in out and "data.on_error is skip" in out
         for file in ("cross/cross_00.pt", "disc/disc_07.pt"):
             replaced = [line for line in out.splitlines() if f"cannot be used: {labels / file} is not a tok" in line]
             assert len(replaced) == 2, "two epochs"
@@ -258,4 +258,4 @@ def test_fine_tuning_on_other_classes_with_and_without_labels(images, store, tmp
         assert "heads dropped: theirs have 3 classes" in ended.out
         assert ("\nlabels " in ended.out) == (name != "unlabelled")
     ended = run(TRAIN, *start_from, *other, "--token_label.root", store, "--train.name", "three", cwd=tmp_path)
-    ended.assert_failed(USAGE, "had 3 classes, the data set has 2")
+    ended.assert_failed(USAGE, "had 3 classes", "data set has 2")

@@ -104,7 +104,7 @@ def test_a_store_says_how_its_images_were_turned(packed):
 def test_the_published_layout_counts_as_made_without_orientation(tmp_path):
     labels = open_labels(published(tmp_path, {"a/x": GOOD}))
     check_orientation(labels, "ignore")
-    with pytest.raises(ValueError, match="the published layout cannot say.*pack_token_labels.py --exif apply"):
+    with pytest.raises(ValueError, match="--data.exif ignore.*pack_token_labels.py --exif apply"):
         check_orientation(labels, "apply")
 
 
@@ -269,14 +269,14 @@ def test_not_a_store(packed, tmp_path):
         with pytest.raises(ValueError, match="header.json is not the header of a store"):
             TokenLabelStore(packed)
     (packed / "header.json").write_text('{"format": "recipes"}')
-    with pytest.raises(ValueError, match="labels is not a store of token labels but of 'recipes'"):
+    with pytest.raises(ValueError, match="labels is not a store of token labels.*'recipes'"):
         TokenLabelStore(packed)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_unknown_version(packed, version):
     edit_header(packed, version=version)
-    with pytest.raises(ValueError, match=f"labels is of version {version!r}.* reads version 1: pack it again"):
+    with pytest.raises(ValueError, match=f"labels has version {version!r}.* version 1"):
         TokenLabelStore(packed)
 
 
@@ -288,7 +288,7 @@ def test_incomplete(packed, name, how):
     path.write_bytes({"shorter": content[:-1], "longer": content + b"\0"}.get(how, b""))
     if how == "missing":
         path.unlink()
-    with pytest.raises(ValueError, match=f"{name} is .*(missing|bytes instead of).*not whole.*pack it again"):
+    with pytest.raises(ValueError, match=f"{name} is .*(missing|bytes instead of)"):
         TokenLabelStore(packed)
 
 
@@ -439,7 +439,7 @@ def test_wrong_headers_are_refused(tmp_path, changes, message):
 
 
 def test_a_store_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not a single label"):
+    with pytest.raises(ValueError, match="labels: no label"):
         StoreWriter(tmp_path / "labels", **HEADER).close()
     assert list(tmp_path.iterdir()) == []
 
@@ -474,7 +474,7 @@ def test_what_is_not_a_store_is_never_replaced(tmp_path):
     (tmp_path / "photos" / "holiday.jpg").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("photos", "file"):
-        with pytest.raises(ValueError, match=f"{name} exists and is not a store.*name another folder"):
+        with pytest.raises(ValueError, match=f"{name} exists, is not a store"):
             StoreWriter(tmp_path / name, **HEADER, overwrite=True)
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == "mine"
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "file"}
@@ -489,7 +489,7 @@ def test_a_kill_while_replacing_loses_no_store(packed, caplog):
     os.rename(packed, packed.with_name(".labels.replaced"))
     with pytest.raises(ValueError, match="exists already"):
         StoreWriter(packed, **HEADER)
-    assert "labels is back" in caplog.text
+    assert "restored" in caplog.text
     assert TokenLabelStore(packed).find(["cat/c3"]).tolist() == [3]
     shutil.copytree(packed, packed.with_name(".labels.replaced"))  # a kill while the old one was being removed
     write_store(packed, {"x": GOOD}, overwrite=True)
@@ -585,15 +585,15 @@ def plane(value: float, dtype=torch.float16) -> torch.Tensor:
         (torch.ones(2, 5, 0, 4).half(), r"its shape is \[2, 5, 0, 4\]"),
         (torch.ones(2, 2, 3, 4).long(), "its values are torch.int64"),
         (torch.ones(2, 2, 3, 4).to_sparse(), "its values are torch.float32, torch.sparse_coo"),
-        (plane(0.5), "not one of class indices"),
-        (plane(float("nan")), "not one of class indices"),
+        (plane(0.5), "does not hold class indices"),
+        (plane(float("nan")), "does not hold class indices"),
         (plane(32768, torch.float32), "class index 32768 is above 32,767"),
         (plane(float("inf")), "class index inf is above"),
-        (plane(2050), "2050 in float16, which is exact up to 2,048 only; generate"),
+        (plane(2050), "2050 in float16.* 2,048"),
         (plane(-1), r"class index -1, allowed is 0 \.\.\. 999"),
         (plane(-float("inf")), "class index -1"),
         (plane(1000), r"class index 1000, allowed is 0 \.\.\. 999"),
-        (plane(0).flip(0) * torch.nan, "NaN|not one of class"),
+        (plane(0).flip(0) * torch.nan, "NaN|does not hold class"),
         (torch.ones(2, 2, 3, 4) * torch.tensor([1e5, 1.0]).view(2, 1, 1, 1), "NaN or beyond float16"),
         (torch.ones(2, 3, 3, 4).half(), r"scores \[3, 3, 4\].*should be \[2, height"),
     ],
@@ -655,7 +655,7 @@ def test_a_sample_is_spread_evenly(count):
 
 
 def test_folders_without_labels(tmp_path):
-    with pytest.raises(ValueError, match="holds no token labels: neither .pt files nor a packed store"):
+    with pytest.raises(ValueError, match="holds no token labels"):
         open_labels(tmp_path)
     with pytest.raises(ValueError, match="none is not a folder"):
         open_labels(tmp_path / "none")
@@ -686,16 +686,16 @@ def test_missing_labels_are_listed(packed):
     keys = [*LABELS, *(f"dog/d{i:02}" for i in range(1234))]
     with pytest.raises(ValueError, match="no label for 1,234 of 1,238 images: dog/d00, .*dog/d09 and 1,224 more") as e:
         match_images(TokenLabelStore(packed), keys, 10, None)
-    assert "dog/d10" not in str(e.value) and "'cat/c0': is it the store of another image folder?" in str(e.value)
+    assert "dog/d10" not in str(e.value) and "names like 'cat/c0'" in str(e.value)
     with pytest.raises(ValueError, match="no label for 1 of 1 images: x. "):
         match_images(TokenLabelStore(packed), ["x"], 10, None)
 
 
 def test_other_classes_are_refused(tmp_path):
     opened = TokenLabelStore(write_store(tmp_path / "labels", LABELS, classes=NAMES))
-    with pytest.raises(ValueError, match="labels: the teacher a teacher had 10 classes, the data set has 1,000"):
+    with pytest.raises(ValueError, match="labels: the teacher a teacher had 10 classes.* 1,000"):
         match_images(opened, [*LABELS], 1000, None)
-    with pytest.raises(ValueError, match="class 8 is 'i' there and 'j' in the data set"):
+    with pytest.raises(ValueError, match="class 8 is 'i', but 'j'"):
         match_images(opened, [*LABELS], 10, (*NAMES[:8], "j", "i"))
 
 

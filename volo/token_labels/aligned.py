@@ -1,4 +1,4 @@
-"""Label maps that follow the pixels exactly, and the sparse targets made of them.
+"""Label maps that follow the pixels exactly, and the sparse targets made from them.
 
 One of the two geometries of label maps (the other is :mod:`volo.token_labels.published`): both have ``ONE_SIZE``,
 :func:`transformed` and :func:`collate`, which gives maps of a batch with the methods ``map`` and ``targets``.
@@ -37,7 +37,7 @@ def transformed(
 
     Args:
         labels: Label map of the image.
-        plan: What happened to the pixels.
+        plan: The augmentation of the pixels.
         image_hw: Size of the decoded image, in pixels.
         out_hw: Size of the network's input, in pixels.
         grid: (L_h, L_w), the network's final grid.
@@ -75,7 +75,7 @@ class AlignedMaps:
 
     @classmethod
     def collate(cls, samples: Sequence[TokenCells]) -> "AlignedMaps":
-        """Stack samples; maps of fewer cells, and tokens of fewer cells, are filled up with weight 0."""
+        """Stack samples; maps and tokens with fewer cells than others are padded with weight 0."""
         columns = {}
         for name in TokenCells._fields:
             arrays = [getattr(sample, name) for sample in samples]
@@ -124,10 +124,10 @@ def token_targets(labels: AlignedMaps, truth: Tensor, smoothing: float, publishe
     classes = classes.permute(0, 2, 3, 1).flatten(2)  # [B, N, M]
     classes, pooled, listed = _sum_by_class(classes, scores)
 
-    # softmax over C classes of which all but the listed score 0
+    # softmax over C classes, all of which score 0 but for the listed ones
     top = pooled.amax(-1, keepdim=True).clamp_min(0)  # [B, N, 1]
     powers = torch.where(listed, (pooled - top).exp(), 0)
-    rest = (-top).exp()  # of one class that is not listed
+    rest = (-top).exp()  # of each class that is not listed
     total = powers.sum(-1, keepdim=True) + (num_classes - listed.sum(-1, keepdim=True)) * rest
     background = rest / total  # [B, N, 1]
     excess = torch.where(listed, powers / total - background, 0)
@@ -155,13 +155,13 @@ def _teacher_targets(labels: AlignedMaps, num_classes: int) -> Tensor:
 def _sum_by_class(classes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum ``values`` of equal ``classes`` along the last axis.
 
-    Returns classes and sums, of the same shape, and which places are in use; the others hold class 0 and sum 0.
+    Returns classes and sums, of the same shape, and which slots are in use; the others hold class 0 and sum 0.
     """
     classes, order = classes.sort(dim=-1)
     is_new = torch.ones_like(classes, dtype=torch.bool)
     is_new[..., 1:] = classes[..., 1:] != classes[..., :-1]
-    place = is_new.cumsum(-1) - 1
-    sums = torch.zeros_like(values).scatter_add_(-1, place, values.gather(-1, order))
-    names = torch.zeros_like(classes).scatter_(-1, place, classes)
-    count = place[..., -1:] + 1
+    slot = is_new.cumsum(-1) - 1
+    sums = torch.zeros_like(values).scatter_add_(-1, slot, values.gather(-1, order))
+    names = torch.zeros_like(classes).scatter_(-1, slot, classes)
+    count = slot[..., -1:] + 1
     return names, sums, torch.arange(classes.shape[-1], device=classes.device) < count

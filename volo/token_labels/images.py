@@ -1,4 +1,4 @@
-"""Images that labels are made or packed for, named on the command line by one path as train.py has root and split."""
+"""The images that labels are generated or packed for, given by one path, where train.py has data.root and a split."""
 
 import os
 
@@ -14,24 +14,24 @@ OPTIONS_HERE = {
     "data.train_labels": "--labels",
     "data.root": "--images",
 }
-"""What the options that messages name are called in these programs."""
+"""The names in these programs of the options that messages mention."""
 
 
 def open_images(path: str, class_list: str, labels_file: str | None = None, cache: str = "auto") -> ImageRecords:
     """List the images of a folder, a tar archive or shards.
 
     Args:
-        path: The folder or archive; "train-{000..146}.tar", a folder of shards, a URL.
+        path: A folder of images, a tar archive, "train-{000..146}.tar", a folder of shards, or a URL.
         class_list: As ``data.class_list``.
         labels_file: As ``data.train_labels``.
         cache: As ``data.cache``.
 
     Raises:
-        ValueError: No such images, or not of these classes.
+        ValueError: No such images, or images of other classes.
     """
     path = path.removeprefix("file://")
     if not (is_url(path) or is_pattern(path) or os.path.exists(path)):
-        raise ValueError(f"--images is {path!r}, which is neither a folder nor a tar archive")
+        raise ValueError(f"--images is {path!r}, which does not exist; give a folder, a tar archive, shards or a URL")
     root, name = os.path.split(path.rstrip("/"))
     if is_url(path) or not os.path.isdir(root or "."):
         root, name = "", path

@@ -1,4 +1,4 @@
-"""Opening token labels of either layout, and making sure that they belong to a data set. n images."""
+"""Opening token labels of either layout, and checking that they belong to a data set. n images."""
 
 import os
 from collections import Counter
@@ -12,10 +12,10 @@ from volo.token_labels.store import FILES, HEADER, TokenLabelStore
 
 
 def open_labels(path: str | os.PathLike) -> TokenLabelStore | PublishedLabels:
-    """Open a packed store, or a folder in the published layout: what is inside decides.
+    """Open a packed store, or a folder in the published layout, whichever ``path`` is.
 
     Raises:
-        ValueError: Neither of them, or a store that is not whole.
+        ValueError: Neither of them, or an incomplete store.
     """
     if any((Path(path) / name).exists() for name in (HEADER, *FILES)):
         return TokenLabelStore(path)
@@ -25,39 +25,39 @@ def open_labels(path: str | os.PathLike) -> TokenLabelStore | PublishedLabels:
 def match_images(
     labels: TokenLabelStore | PublishedLabels, keys: Sequence[str], num_classes: int, classes: tuple[str, ...] | None
 ) -> np.ndarray:
-    """Return the entry of each image, int64 [n], once it is sure that the labels belong to the images.
+    """Return the entry of each image, int64 [n], after checking that the labels belong to the images.
 
-    Published labels do not say how many classes their teacher had; from here on reading them refuses class indices
-    of ``num_classes`` and above.
+    Published labels do not say how many classes their teacher had; from now on reading them refuses class indices of
+    ``num_classes`` and above.
 
     Args:
         labels: The labels.
-        keys: :func:`volo.token_labels.label_key` of each image.
+        keys: :func:`volo.token_labels.store.label_key` of each image.
         num_classes: Classes of the data set.
-        classes: Their names in index order; None if they are not known.
+        classes: Their names in index order; None if unknown.
 
     Raises:
-        ValueError: Another number or order of classes, images without a label, or images of one key.
+        ValueError: Another number or order of classes, images without a label, or images that share a key.
     """
     header = labels.header
     if header.num_classes is None:
         labels.expect_classes(num_classes)
     elif header.num_classes != num_classes:
         raise ValueError(
-            f"{labels.path}: the teacher {header.teacher} had {header.num_classes:,} classes, the data set has "
+            f"{labels.path}: the teacher {header.teacher} had {header.num_classes:,} classes, but the data set has "
             f"{num_classes:,}; generate labels with a teacher of these classes"
         )
     if header.classes is not None and classes is not None and header.classes != tuple(classes):
         index = next(i for i, (a, b) in enumerate(zip(header.classes, classes, strict=True)) if a != b)
         raise ValueError(
-            f"{labels.path}: the teacher {header.teacher} knew other classes or another order: class {index} is "
-            f"{header.classes[index]!r} there and {classes[index]!r} in the data set. Give the class list of the "
-            "teacher (data.class_list), or generate labels with a teacher of these classes"
+            f"{labels.path}: the teacher {header.teacher} had other classes or another order: its class {index} is "
+            f"{header.classes[index]!r}, but {classes[index]!r} in the data set. Give the teacher's class list "
+            "(data.class_list), or generate labels with a teacher of these classes"
         )
     if len(set(keys)) != len(keys):
         repeated = sorted(key for key, count in Counter(keys).items() if count > 1)
         raise ValueError(
-            f"{len(repeated)} names belong to several images that differ in the suffix alone, so they would share a "
+            f"{len(repeated)} names belong to several images that differ only in the suffix, so they would share a "
             f"label: {_some(repeated)}. Rename all but one, and generate labels again"
         )
     entries = labels.find(keys)
@@ -65,15 +65,15 @@ def match_images(
     if len(missing):
         raise ValueError(
             f"{labels.path} has no label for {len(missing):,} of {len(keys):,} images: "
-            f"{_some([keys[i] for i in missing])}. It has labels called like {labels.key(0)!r}: is it the store of "
-            "another image folder? Give the one of this folder, or generate labels for it with "
+            f"{_some([keys[i] for i in missing])}. Its labels have names like {labels.key(0)!r}, so it may belong "
+            "to other images. Give the labels of these images, or generate them with "
             "scripts/generate_token_labels.py"
         )
     return entries
 
 
 def check_orientation(labels: TokenLabelStore | PublishedLabels, exif: str) -> None:
-    """Raise ValueError if the teacher saw images turned in another way than the training will.
+    """Raise ValueError if the teacher saw images in another orientation than training will.
 
     Args:
         exif: "ignore" or "apply", what the training does with orientation tags.
@@ -81,15 +81,15 @@ def check_orientation(labels: TokenLabelStore | PublishedLabels, exif: str) -> N
     made = labels.header.exif
     if made == exif:
         return
-    remedy = f"set --data.exif {made}, or generate labels with --exif {exif}"
+    remedy = f"Set --data.exif {made}, or generate labels with --exif {exif}"
     if isinstance(labels, PublishedLabels):
         remedy = (
-            "the published layout cannot say otherwise: set --data.exif ignore, or, if its teacher did turn them, "
-            "say so with scripts/pack_token_labels.py --exif apply"
+            "Set --data.exif ignore. If the teacher of this folder did apply orientation tags, which the published "
+            "layout cannot say, pack it with scripts/pack_token_labels.py --exif apply"
         )
     raise ValueError(
-        f"{labels.path}: the teacher saw images with exif {made!r} and data.exif is {exif!r}, so the labels of images "
-        f"with an orientation tag would lie turned; {remedy}"
+        f"{labels.path}: the teacher saw images with exif {made!r}, but data.exif is {exif!r}, so images with an "
+        f"orientation tag would be turned against their labels. {remedy}"
     )
 
 

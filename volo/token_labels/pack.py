@@ -1,7 +1,7 @@
-"""What scripts/pack_token_labels.py does: a folder of label files, ``<root>/<class>/<stem>.pt``, becomes one store.
+"""Running scripts/pack_token_labels.py: packing a folder of label files, ``<root>/<class>/<stem>.pt``, into a store.
 
-A million small files cost a million openings and unpicklings in every epoch; the store is read in place. h x w is
-the size of a label map in cells.
+A million small files would be opened and unpickled in every epoch; the store is read in place. h x w is the size of
+a label map in cells.
 """
 
 import logging
@@ -23,7 +23,7 @@ _logger = logging.getLogger("volo")
 
 
 def run_packing(options: PackOptions) -> int:
-    """Pack, and print what came of it; return the exit code."""
+    """Pack, and print a summary; return the exit code."""
     setup_logging(None)
     with checking_usage():
         classes, num_classes = teacher_classes(options.class_list, options.num_classes)
@@ -53,7 +53,7 @@ def run_packing(options: PackOptions) -> int:
                 sizes[label.scores.shape[1:]] += 1
                 progress.update(1)
     except OSError as error:
-        raise ValueError(f"{options.output} could not be written: {error.strerror}; nothing is left of it") from error
+        raise ValueError(f"{options.output} could not be written ({error.strerror}) and was removed") from error
     finally:
         progress.close()
     _logger.info("%s", summary(writer.path, len(labels), sizes, labels.ignored))
@@ -61,27 +61,29 @@ def run_packing(options: PackOptions) -> int:
 
 
 def teacher_classes(class_list: str | None, num_classes: int | None) -> tuple[tuple[str, ...] | None, int]:
-    """Return the teacher's class names, None where not known, and their number."""
+    """Return the teacher's class names, None if unknown, and their number."""
     if class_list is None and num_classes is not None:
         return None, num_classes
     if class_list in (None, "imagenet"):
         classes = imagenet_classes()
     elif not Path(class_list).is_file():
-        raise ValueError(f'--class_list is {class_list!r}; it takes "imagenet" or a text file, one class name a line')
+        raise ValueError(
+            f'--class_list is {class_list!r}; it takes "imagenet" or a text file with one class name per line'
+        )
     else:
         classes = class_names(class_list)
     if num_classes not in (None, len(classes)):
         raise ValueError(
             f"--num_classes is {num_classes:,}, but --class_list {class_list} names {len(classes):,} classes; give "
-            "the list of the teacher's classes alone"
+            "only the list of the teacher's classes"
         )
     return classes, len(classes)
 
 
 def image_names(options: PackOptions) -> PackedNames:
-    """Return the names of the images; ValueError, in the words of our options, where there are none.
+    """Return the names of the images; ValueError if there are none.
 
-    Those in a folder are taken as they are, whatever their classes; archives may need these to tell the names.
+    Images in a folder may be of any class. Archives may need the class list to know the names.
     """
     folder = Path(options.images)
     if folder.is_dir() and (names := sorted(name for name in files_below(folder) if has_image_suffix(name))):
@@ -94,21 +96,21 @@ def image_names(options: PackOptions) -> PackedNames:
 
 
 def entry_keys(labels: PublishedLabels, names: PackedNames | None, num_classes: int) -> list[str]:
-    """Return the key that each label file is packed under: that of its image, where the images are given."""
+    """Return the key of each label file in the store: that of its image, if the images are given."""
     keys = [labels.key(entry) for entry in range(len(labels))]
     if names is None:
         return keys
     image_keys = [label_key(name) for name in names]
     for key, entry in zip(image_keys, match_images(labels, image_keys, num_classes, None), strict=True):
         keys[entry] = key  # the label file's name may have been cut at the first dot
-    _logger.info("%d images have a label each; %d labels belong to none of them", len(names), len(keys) - len(names))
+    _logger.info("%d images have a label; %d labels belong to no image", len(names), len(keys) - len(names))
     return keys
 
 
 def summary(path: Path, entries: int, sizes: Counter[tuple[int, int]], ignored: int) -> str:
-    """Return what was packed, in a line or two."""
+    """Return a line or two about what was packed."""
     common = ", ".join(f"{h}x{w} ({count:,})" for (h, w), count in sizes.most_common(5))
     more = f" and {len(sizes) - 5:,} other sizes" if len(sizes) > 5 else ""
     files = [file.stat().st_size for file in path.iterdir()]
-    left_out = f"\n{ignored:,} files of other kinds were left out" if ignored else ""
+    left_out = f"\n{ignored:,} files of other kinds were ignored" if ignored else ""
     return f"{path}: {entries:,} entries, maps {common}{more}, {sum(files):,} bytes in {len(files)} files{left_out}"

@@ -18,16 +18,16 @@ from volo.token_labels.store import MAX_CLASSES, StoreHeader, TokenLabelMap, che
 
 _SUFFIX = ".pt"
 _FILES_FOR_SHAPE = 5
-# From here on float16 skips integers, so a class index stored in it may be that of a neighbour.
+# Above it float16 skips integers, so a class index stored in it may be that of a neighbour.
 EXACT_IN_FLOAT16 = 2048
 
 
 class PublishedLabels:
-    """The label files under a folder, in the order of their paths; hidden files are passed over.
+    """The label files under a folder, in the order of their paths; hidden files are ignored.
 
     Args:
         root: The folder.
-        num_classes: Classes of the teacher, which the files do not say; None accepts every class index until
+        num_classes: Classes of the teacher, which the files do not state; None accepts every class index until
             :meth:`expect_classes`.
 
     Raises:
@@ -42,8 +42,8 @@ class PublishedLabels:
         stems = [file.removesuffix(_SUFFIX) for file in files if file.endswith(_SUFFIX)]
         if not stems:
             raise ValueError(
-                f"{self.path} holds no token labels: neither {_SUFFIX} files nor a packed store; give the folder of "
-                "the label files or what scripts/pack_token_labels.py wrote"
+                f"{self.path} holds no token labels, neither {_SUFFIX} files nor a packed store. Give the folder of "
+                "the label files, or a store that scripts/pack_token_labels.py wrote"
             )
         self.ignored = len(files) - len(stems)  # files of other kinds
         # One array rather than a list: a million Python strings would be copied into every worker as their
@@ -56,7 +56,7 @@ class PublishedLabels:
 
     @property
     def header(self) -> StoreHeader:
-        """What the labels have in common, as far as a few files show; ValueError where none of them is a label."""
+        """What the labels have in common, as far as a few files show; ValueError if none of them is a label."""
         return StoreHeader("published", "center_crop", self._shape[0], self._num_classes, None, len(self))
 
     def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class PublishedLabels:
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:
-        """What most of a few files have, (k, height, width): any one of them may be damaged."""
+        """The most common (k, height, width) of a few files: any one of them may be damaged."""
         counts, failures = Counter(), []
         for entry in sample(len(self), _FILES_FOR_SHAPE):
             try:
@@ -77,7 +77,7 @@ class PublishedLabels:
         return counts.most_common(1)[0][0]
 
     def expect_classes(self, num_classes: int) -> None:
-        """From now on reading refuses class indices of ``num_classes`` and above."""
+        """Make reading refuse class indices of ``num_classes`` and above from now on."""
         self._num_classes = num_classes
 
     def key(self, entry: int) -> str:
@@ -87,11 +87,11 @@ class PublishedLabels:
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return the entry of each key, int64 [n]; -1 where there is none.
 
-        A key without a file of its name is looked up under what stands before its first dot: so the published code
-        names label files, cutting "n01/a.b.JPEG" to "n01/a".
+        A key without a file of its name is looked up by its part before the first dot, because the published code
+        cuts the names of label files there: "n01/a.b.JPEG" becomes "n01/a".
 
         Raises:
-            ValueError: Several keys are cut to one file, which can only be the label of one of them.
+            ValueError: Several keys are cut to the name of one file, which can be the label of only one of them.
         """
         entry_of = {stem: entry for entry, stem in enumerate(self._stems.tolist())}
         found, cut = [], set()
@@ -113,7 +113,7 @@ class PublishedLabels:
         return np.array(found, dtype=np.int64)
 
     def read(self, entry: int) -> TokenLabelMap:
-        """Return the map of an entry; ValueError names a file that is no label map."""
+        """Return the map of an entry; ValueError names a file that is not a label map."""
         assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
         path = self._file(entry)
         tensor = _load_tensor(path)
@@ -126,15 +126,15 @@ class PublishedLabels:
 
 
 def sample(count: int, most: int) -> list[int]:
-    """Return up to ``most`` of the numbers 0 ... count - 1, spread evenly, the first and the last among them."""
+    """Return up to ``most`` of the numbers 0 ... count - 1, spread evenly, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)).tolist()
 
 
 def files_below(root: Path) -> Iterator[str]:
     """Yield the visible files under ``root``, relative to it, with forward slashes."""
-    for place, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inner = Path(place).relative_to(root).as_posix()
+        inner = Path(folder).relative_to(root).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
         yield from (prefix + name for name in files if not name.startswith("."))
 
@@ -143,7 +143,7 @@ def _load_tensor(path: Path) -> Tensor:
     """Return the tensor [2, k, h, w] of a label file."""
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:  # says something about the machine, nothing about the file
+    except MemoryError:  # a fault of the machine, not of the file
         raise
     except Exception as error:  # torch's readers raise anything from EOFError to UnpicklingError on broken bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a file of one tensor"
@@ -161,18 +161,18 @@ def _class_indices(plane: Tensor, path: Path) -> np.ndarray:
     """Return the plane of class indices [k, h, w] as int16."""
     values = plane.float().numpy()
     if not np.array_equal(values, np.rint(values)):  # NaN equals nothing
-        raise _no_label(path, "its second plane is not one of class indices")
+        raise _no_label(path, "its second plane does not hold class indices")
     highest = values.max()
     if highest >= MAX_CLASSES:
         raise _no_label(
-            path, f"its class index {highest:.0f} is above {MAX_CLASSES - 1:,}, the most that can be stored"
+            path, f"its class index {highest:.0f} is above {MAX_CLASSES - 1:,}, the largest that can be stored"
         )
     if plane.dtype == torch.float16 and highest > EXACT_IN_FLOAT16:
         raise ValueError(
-            f"{path} gives class index {highest:.0f} in float16, which is exact up to {EXACT_IN_FLOAT16:,} only; "
+            f"{path} gives class index {highest:.0f} in float16, which is exact only up to {EXACT_IN_FLOAT16:,}; "
             "generate labels with scripts/generate_token_labels.py, or save them as float32"
         )
-    return values.clip(-1).astype(np.int16)  # anything below zero is refused with the same words
+    return values.clip(-1).astype(np.int16)  # any index below zero is refused in check_map
 
 
 def _no_label(path: Path, reason: str) -> ValueError:

@@ -1,8 +1,8 @@
-"""Label maps the published way, bit for bit: how they follow the pixels, and the dense targets made of them.
+"""Label maps as in the published code, bit for bit: how they follow the pixels, and the dense targets made from them.
 
 The map is flipped with the image and warped on its own coarse grid, with no half-cell offset, no aspect ratio and zeros
-where it runs out. The crop touches the image alone; its box is handed to roi_align with rows and columns exchanged,
-which pools scores that were spread over all classes. Do not correct it here: the paper's numbers rest on it.
+outside. Only the image is cropped; the crop's box goes to roi_align with rows and columns exchanged, which pools scores
+that were spread over all classes. Do not correct it here: the paper's numbers depend on it.
 
 One of the two geometries of label maps (the other is :mod:`volo.token_labels.aligned`): both have ``ONE_SIZE``,
 :func:`transformed` and :func:`collate`, which gives maps of a batch with the methods ``map`` and ``targets``.
@@ -34,7 +34,7 @@ class PublishedMap(NamedTuple):
     Args:
         scores: float32 [k, h, w].
         classes: int64 [k, h, w].
-        box: float32 [4], what roi_align takes for (x1, y1, x2, y2), in cells.
+        box: float32 [4], in cells, passed to roi_align as (x1, y1, x2, y2).
     """
 
     scores: np.ndarray
@@ -43,7 +43,7 @@ class PublishedMap(NamedTuple):
 
 
 class PublishedMaps(NamedTuple):
-    """Those of a batch, on the host or on the device: scores [B, k, h, w], classes [B, k, h, w], boxes [B, 4]."""
+    """The maps of a batch, on the host or on the device: scores [B, k, h, w], classes [B, k, h, w], boxes [B, 4]."""
 
     scores: Tensor
     classes: Tensor
@@ -75,7 +75,7 @@ def transformed(
 ) -> PublishedMap:
     """Return the label map once ``plan`` is applied to the image; arguments as in :func:`aligned.transformed`.
 
-    The published code asks neither for the size of the input nor for what a map covers.
+    The published code uses neither the size of the input nor what a map covers.
     """
     return published_map(labels, plan, image_hw)
 
@@ -103,7 +103,7 @@ def published_map(labels: TokenLabelMap, plan: Plan, image_hw: tuple[int, int]) 
         dtype=np.float32,
     )
     corners[2:] += corners[:2]
-    # (top, left, bottom, right), which roi_align reads as (x, y, x, y); and the width stands for the height, too.
+    # (top, left, bottom, right), which roi_align reads as (x, y, x, y). The map's width is used for its height, too.
     box = corners * np.float32(scores.shape[2]) - np.float32(0.5)
     return PublishedMap(np.ascontiguousarray(scores), np.ascontiguousarray(classes), box)
 
@@ -147,7 +147,7 @@ def dense_targets(
         grid: (L_h, L_w).
         smoothing, published_smoothing: See :func:`volo.token_labels.targets.smoothing_terms`.
     """
-    from torchvision.ops import roi_align  # takes seconds to import
+    from torchvision.ops import roi_align  # its import takes seconds
 
     batch, num_classes = truth.shape
     spread = maps.scores.new_zeros(batch, num_classes, *maps.scores.shape[2:])

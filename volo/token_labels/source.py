@@ -1,4 +1,4 @@
-"""The label maps of a list of images: which entry belongs to which image, and how it is read."""
+"""The label maps of the training images: which entry belongs to which image, and how it follows the augmentation."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from volo.token_labels.store import TokenLabelMap, TokenLabelStore, label_key
 # Reading one takes some 0.3 ms from memory, and some 10 ms over a network.
 _FILES_TRIED = 1000
 
-# Two modules with the same functions; no other place asks for the name.
+# Two modules with the same functions; the name is looked up only here.
 _GEOMETRIES = {"aligned": aligned, "published": published}
 
 _logger = logging.getLogger("volo")
@@ -25,15 +25,15 @@ class LabelSource:
 
     Args:
         root: A packed store or a folder in the published layout.
-        names: Name of each image, as :class:`volo.data.sources.base.ImageSource` has it.
+        names: Name of each image, as in :class:`volo.data.sources.base.ImageSource`.
         classes: Class names in index order.
         grid: (rows, columns) of the network's final token grid.
         geometry: "aligned" or "published".
-        exif: What the run does with orientation tags, "ignore" or "apply"; the labels have to be made alike.
+        exif: What the run does with orientation tags, "ignore" or "apply"; the labels must have been made the same way.
         verify_checksums: Read all of a packed store and compare its checksums.
 
     Raises:
-        ValueError: No such labels, of another data set or teacher, or not one for every image.
+        ValueError: No such labels, labels of another data set or teacher, or images without a label.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class LabelSource:
         if verify_checksums:
             if not isinstance(self.labels, TokenLabelStore):
                 raise ValueError(
-                    f"token_label.verify_checksums is on, but {root} is a folder of .pt files, which have none: pack "
-                    "it with scripts/pack_token_labels.py, which reads and checks every one"
+                    f"token_label.verify_checksums is on, but {root} is a folder of .pt files, which have none. Pack "
+                    "it with scripts/pack_token_labels.py, which reads and checks every file"
                 )
             self.labels.verify_checksums()
         check_orientation(self.labels, exif)
@@ -64,13 +64,13 @@ class LabelSource:
     def try_files(self, on_error: str) -> None:
         """Read label files of the published layout: all of them if they are few, else a sample.
 
-        A packed store needs nothing of the kind: its maps were checked when they were packed.
+        Does nothing for a packed store, whose maps were checked when they were packed.
 
         Args:
             on_error: "fail", or "skip" to continue if fewer than half of the files are damaged.
 
         Raises:
-            ValueError: There are damaged files; it names the first.
+            ValueError: Files are damaged; the message names the first.
         """
         if not isinstance(self.labels, PublishedLabels):
             return
@@ -82,10 +82,10 @@ class LabelSource:
                 damaged.append(str(error))
         if not damaged:
             return
-        told = f"{len(damaged):,} of {len(tried):,} label files that were tried are damaged"
+        count = f"{len(damaged):,} of {len(tried):,} label files tried are damaged"
         if on_error == "fail" or 2 * len(damaged) >= len(tried):
-            raise ValueError(f"{told}: {damaged[0]} (scripts/pack_token_labels.py checks every file)")
-        _logger.warning("%s; data.on_error is skip, so other images replace theirs:", told)
+            raise ValueError(f"{count}: {damaged[0]} (scripts/pack_token_labels.py checks every file)")
+        _logger.warning("%s; data.on_error is skip, so other images replace theirs:", count)
         for reason in damaged[:10]:
             _logger.warning("  %s", reason)
 
@@ -93,8 +93,8 @@ class LabelSource:
         """Return what each token takes from the label map of image ``index``, once ``plan`` is applied to the image.
 
         Args:
-            index: Place of the image in the records.
-            plan: What happened to the pixels.
+            index: Index of the image in the records.
+            plan: The augmentation of the pixels.
             image_hw: Size of the decoded image, in pixels.
             out_hw: Size of the network's input, in pixels.
 
@@ -104,7 +104,7 @@ class LabelSource:
         return self._rules.transformed(self._read(index), plan, image_hw, out_hw, self.grid, self.labels.header.covers)
 
     def collate(self, samples: Sequence):
-        """Return the maps of a batch of what :meth:`transformed` gave; they have ``map`` and ``targets``."""
+        """Return the maps of a batch from the results of :meth:`transformed`; they have ``map`` and ``targets``."""
         return self._rules.collate(samples)
 
     def _read(self, index: int) -> TokenLabelMap:
@@ -113,9 +113,9 @@ class LabelSource:
         found = labels.scores.shape[1:]
         if self._map_hw is not None and found != self._map_hw:
             raise ValueError(
-                f"{self.labels.path}: the map of {self.labels.key(entry)} has {found[0]}x{found[1]} cells and others "
-                f"have {self._map_hw[0]}x{self._map_hw[1]}, where the published way of reading them takes one size: "
-                "generate it again, or set token_label.geometry to aligned"
+                f"{self.labels.path}: the map of {self.labels.key(entry)} has {found[0]}x{found[1]} cells, others have "
+                f"{self._map_hw[0]}x{self._map_hw[1]}, and token_label.geometry published takes only one size. "
+                "Generate it again, or set token_label.geometry to aligned"
             )
         return labels
 

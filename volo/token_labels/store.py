@@ -1,6 +1,6 @@
 """The packed label store: what it holds, and reading it.
 
-k top scores a cell, h x w cells (rows, columns) of a label map, which may differ from entry to entry; n entries, C
+k top scores per cell, h x w cells (rows, columns) of a label map, which may differ from entry to entry; n entries, C
 classes of the teacher. A store is a folder:
 
     scores.bin    float16, the raw logits [k, h, w] of entry 0, then those of entry 1, ...
@@ -40,7 +40,7 @@ _ENTRY_FIELDS = np.dtype([("start", "<i8"), ("key_end", "<i8"), ("height", "<i4"
 
 
 class TokenLabelMap(NamedTuple):
-    """What a teacher saw in each cell of one image.
+    """The best classes of each cell of one image.
 
     Args:
         scores: float16 [k, h, w], raw logits of the k best classes of each cell.
@@ -59,12 +59,12 @@ class StoreHeader:
         teacher: Name of the network that gave the labels.
         covers: What a map covers: "whole_image", or "center_crop" for the centre crop that the published labels
             were made from, which the published code treats as if it were the whole image.
-        top_k: Scores a cell, k.
-        num_classes: Classes of the teacher, C; None where it is not known.
-        classes: Their C names in index order; None where they are not known.
+        top_k: Scores per cell, k.
+        num_classes: Classes of the teacher, C; None if unknown.
+        classes: Their C names in index order; None if unknown.
         entries: Number of label maps, n.
         exif: Whether the teacher saw images as their pixels are stored ("ignore") or as their EXIF orientation tag
-            turns them ("apply"); stores that do not say were made before it could be chosen for them: "ignore".
+            turns them ("apply"); older stores do not say, and are "ignore".
     """
 
     teacher: str
@@ -82,7 +82,7 @@ def label_key(relative_image_path: str) -> str:
 
 
 def encode_key(key: str) -> bytes:
-    return key.encode("utf-8", "surrogateescape")  # as Python names files whose names are not UTF-8
+    return key.encode("utf-8", "surrogateescape")  # as Python decodes file names that are not UTF-8
 
 
 def hash_keys(keys: Sequence[bytes]) -> np.ndarray:
@@ -94,7 +94,7 @@ def hash_keys(keys: Sequence[bytes]) -> np.ndarray:
 def check_map(
     label: TokenLabelMap, top_k: int, num_classes: int | None, where: str, remedy: str = "generate this label again"
 ) -> None:
-    """Raise ValueError, from ``where`` to ``remedy``, if the map's shape, classes or scores cannot be."""
+    """Raise ValueError if the map's shape, classes or scores are invalid; ``where`` begins the message."""
     shape = label.scores.shape
     if len(shape) != 3 or shape[0] != top_k or 0 in shape or label.classes.shape != shape:
         raise ValueError(
@@ -120,7 +120,7 @@ class TokenLabelStore:
         path: Folder of the store.
 
     Raises:
-        ValueError: Not a store, of another version, or not whole.
+        ValueError: Not a store, of another version, or incomplete.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -143,7 +143,7 @@ class TokenLabelStore:
     def read(self, entry: int) -> TokenLabelMap:
         """Return the map of an entry: read-only views of the mapped files, not copies.
 
-        Raises ValueError where its values cannot be those that were packed, which were checked.
+        Raises ValueError if the values are invalid: only valid ones are packed, so the file has changed since.
         """
         assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
         start, _, height, width = ENTRY.unpack_from(self._entries, entry * ENTRY.size)
@@ -152,7 +152,7 @@ class TokenLabelStore:
         scores = np.frombuffer(self._scores, "<f2", count, 2 * start)
         classes = np.frombuffer(self._classes, "<i2", count, 2 * start)
         label = TokenLabelMap(scores.reshape(shape), classes.reshape(shape))
-        # A disk may have changed them since: then the loss would not be finite, or the device fail at an index.
+        # A faulty disk may have changed them: the loss would be NaN, or indexing would fail on the device.
         where = f"{self.path}: label of {self.key(entry)!r}"
         check_map(label, self.header.top_k, self.header.num_classes, where, "copy the store again, or pack it again")
         return label
@@ -175,7 +175,7 @@ class TokenLabelStore:
         bounds = zip(begins.tolist(), ends[candidate].tolist(), strict=True)
         same = [self._keys[a:b] == key for (a, b), key in zip(bounds, encoded, strict=True)]
         found = np.where(np.array(same, dtype=bool), candidate, -1)
-        # Where another key has the hash of this one, ours may stand behind it.
+        # If another key has the same hash, ours may come after it.
         clash = (found < 0) & (first < len(self)) & (self._hashes[np.minimum(first, len(self) - 1)] == hashes)
         for i in np.flatnonzero(clash).tolist():
             last = np.searchsorted(self._hashes, hashes[i], side="right")
@@ -184,7 +184,7 @@ class TokenLabelStore:
         return found
 
     def map_hw(self, entries: np.ndarray) -> tuple[int, int]:
-        """Return the height and width that the maps of ``entries`` have; ValueError where they differ."""
+        """Return the height and width that the maps of ``entries`` have; ValueError if they differ."""
         fields = self._fields()[entries]
         sizes, counts = np.unique(fields["height"].astype(np.int64) << 32 | fields["width"], return_counts=True)
         height, width = sizes >> 32, sizes & 0xFFFFFFFF
@@ -192,13 +192,13 @@ class TokenLabelStore:
             first, second = np.argsort(-counts, kind="stable")[:2]
             a, b, c, d = height[first], width[first], height[second], width[second]
             raise ValueError(
-                f"{self.path} has maps of {len(sizes):,} sizes ({a}x{b}, {c}x{d}, ...), and the published way of "
-                "reading them takes one: set token_label.geometry to aligned"
+                f"{self.path} has maps of {len(sizes):,} sizes ({a}x{b}, {c}x{d}, ...), and "
+                "token_label.geometry published takes only one: set token_label.geometry to aligned"
             )
         return int(height[0]), int(width[0])
 
     def verify_checksums(self) -> None:
-        """Read every file from end to end; ValueError names one that is not what was packed."""
+        """Read every file from end to end; ValueError names one that has changed since it was packed."""
         for name, record in self._files.items():
             with open(self.path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -225,7 +225,7 @@ class TokenLabelStore:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
     def _check_entries(self) -> None:
-        """Make sure that no entry points outside the files: it would be read as someone else's labels."""
+        """Make sure that entries are in order and end with the files, so that none reads the labels of another."""
         entries = self._fields()
         sizes = self.header.top_k * entries["height"].astype(np.int64) * entries["width"]
         ends = np.cumsum(sizes)
@@ -249,7 +249,7 @@ def _reopen(path: Path, header_bytes: bytes) -> TokenLabelStore:
 
 
 def _incomplete(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is {what}: the store is not whole. Copy it again, or pack it again")
+    return ValueError(f"{path} is {what}, so the store is incomplete. Copy it again, or pack it again")
 
 
 def _read_header(path: Path) -> bytes:
@@ -258,14 +258,14 @@ def _read_header(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{path} is not a store of token labels (it has no {HEADER}); give the folder that "
-            "scripts/pack_token_labels.py wrote, or pack it again where packing was interrupted"
+            "scripts/pack_token_labels.py wrote, or pack it again if packing was interrupted"
         ) from error
     except OSError as error:
         raise ValueError(f"{path / HEADER} cannot be read: {error.strerror}") from error
 
 
 def is_store(path: Path) -> bool:
-    """Tell whether ``path`` is a store of ours, of whatever version and in whatever state."""
+    """Tell whether ``path`` is a packed store, of any version, complete or not."""
     try:
         return json.loads((path / HEADER).read_bytes())["format"] == FORMAT
     except (OSError, ValueError, LookupError, TypeError):
@@ -279,18 +279,18 @@ def _covers(values: dict) -> str:
 
 
 def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]]:
-    """Return the header and the record, size and checksum, of each file."""
+    """Return the header, and the record of each file: size and checksum."""
     try:
         values = json.loads(text)
         known = values["format"] == FORMAT
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path / HEADER} is not the header of a store of token labels; pack it again") from error
     if not known:
-        raise ValueError(f"{path} is not a store of token labels but of {values['format']!r}")
+        raise ValueError(f"{path} is not a store of token labels: its format is {values['format']!r}")
     if values.get("version") != VERSION:
         raise ValueError(
-            f"{path} is of version {values.get('version')!r} of its format, and this code reads version {VERSION}: "
-            "pack it again with this code, or read it with the code that wrote it"
+            f"{path} has version {values.get('version')!r} of the format, but this code reads version {VERSION}. Pack "
+            "it again with this code, or read it with the code that wrote it"
         )
     try:
         classes = values["classes"]
@@ -310,7 +310,7 @@ def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]
         raise _incomplete(path / HEADER, f"damaged ({type(error).__name__}: {error})") from error
     expected = {"entries.bin": ENTRY.size * header.entries, "index.bin": 16 * header.entries}
     if not whole or any(sizes[name] != size for name, size in expected.items()):
-        raise _incomplete(path / HEADER, "damaged (its numbers do not fit each other)")
+        raise _incomplete(path / HEADER, "damaged (its numbers contradict each other)")
     if sizes["scores.bin"] != sizes["classes.bin"]:
-        raise _incomplete(path / HEADER, "damaged (as many classes as scores are due)")
+        raise _incomplete(path / HEADER, "damaged (it has different numbers of scores and classes)")
     return header, files

@@ -1,4 +1,4 @@
-"""What the loss compares logits with: class targets, dense token targets, and sparse token targets.
+"""The targets of the loss: class targets, dense token targets, and sparse token targets.
 
 All three have ``shape`` (B, C), ``num_tokens`` (None if every token takes the class target), ``truth`` and ``teacher``
 [B, C] (``teacher`` is None if there are no label maps), and the methods ``token_loss``, ``mixed``, ``to_dense`` and
@@ -22,7 +22,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 @dataclass
 class ClassTargets:
-    """Targets of images without label maps: ``truth`` [B, C] holds for the class token and for every token."""
+    """Targets of images without label maps: ``truth`` [B, C] is the target of the class token and of every token."""
 
     truth: Tensor
     teacher: None = None
@@ -38,7 +38,7 @@ class ClassTargets:
         return self.truth
 
     def seen(self) -> None:
-        """Return None: no token has a target of its own."""
+        """Return None: no token has its own target."""
 
     def token_loss(self, logits: Tensor) -> Tensor:
         """Return the mean cross entropy over all tokens; ``logits`` [B, N, C]."""
@@ -142,8 +142,8 @@ class TokenTargets:
     def token_loss(self, logits: Tensor) -> Tensor:
         """Return the mean cross entropy over the tokens that see their image; ``logits`` [B, N, C].
 
-        The same value as with the dense targets, without ever making them: the shared background needs only the sum
-        over classes, and the excess only the logits of the listed classes. Computed in float32.
+        The same value as with the dense targets, which are never made: the shared background needs only the sum over
+        classes, and the excess only the logits of the listed classes. Computed in float32.
         """
         logits = logits.float()
         listed = logits.gather(2, self.classes)  # [B, N, M]
@@ -189,7 +189,7 @@ Targets = ClassTargets | DenseTargets | TokenTargets
 
 
 def as_targets(target: Tensor | Targets) -> Targets:
-    """Return targets; a tensor [B, C] or [B, C, 2 + N] is wrapped, and anything else is targets already.
+    """Return targets; a tensor [B, C] or [B, C, 2 + N] is wrapped, anything else is returned as it is.
 
     Raises:
         ValueError: A tensor of another shape.

@@ -1,9 +1,9 @@
-"""Where the tokens of an augmented image look in its label map, exactly.
+"""Which cells of its label map the tokens of an augmented image take, exactly.
 
 One :class:`~volo.data.pixels.transforms.Plan` per sample says what flip, RandAugment and crop do to the pixels; here
-the label map follows the same plan, as one chain of affine maps from the network's input back to the image. Every
-token's centre goes through the chain and reads the label map there, between the four cells around it. Points that
-left the image, or any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
+the label map follows the same plan, as a chain of affine maps from the network's input back to the image. Every
+token's centre goes through the chain, and the label map is interpolated there between the four cells around it. Points
+that leave the image, or any canvas on the way, belong to no cell: such tokens are marked and take no part in the loss.
 
 The result is a :class:`TokenCells`: for each token a few cells of the map and their weights, and for the class token
 a weight of every cell. N = L_h * L_w tokens, h x w cells, Q cells per token. Points are (x, y) in [0, 1] of a canvas,
@@ -56,12 +56,12 @@ def token_cells(
 
     Args:
         labels: Label map of the image.
-        plan: What happened to the pixels.
+        plan: The augmentation of the pixels.
         image_hw: Size of the image as it was decoded.
         out_hw: Size of the network's input.
         grid: (L_h, L_w), the network's final grid.
         covers: What the map shows: "whole_image", or "center_crop" for the square in the middle of the image, as in
-            the published labels. What lies beside the square has no label.
+            the published labels. The rest of the image has no label.
     """
     maps = source_maps(plan, image_hw, out_hw)
     return _aligned_cells(labels, maps + [_centre_square(image_hw)] * (covers == "center_crop"), grid)
@@ -101,7 +101,7 @@ def _centre_square(image_hw: tuple[int, int]) -> np.ndarray:
 
 
 def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:
-    """Return where a RandAugment operation takes the content of a point from; None where it only changes colours.
+    """Return where a RandAugment operation takes the content of a point from; None if it only changes colours.
 
     Pillow's affine transforms look up the input at (a x + b y + c, d x + e y + f) for an output point (x, y) in
     pixels; in units of the canvas the mixed terms carry its aspect ratio.
@@ -122,7 +122,7 @@ def op_map(op: Op, canvas: tuple[int, int]) -> np.ndarray | None:
         assert op.name == "Rotate", op.name
         cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
         a, b, d, e = cos, -sin * height / width, sin * width / height, cos
-        c, f = 0.5 - 0.5 * (a + b), 0.5 - 0.5 * (d + e)  # the centre stays
+        c, f = 0.5 - 0.5 * (a + b), 0.5 - 0.5 * (d + e)  # the centre stays where it is
     return np.array([[a, b, c], [d, e, f]])
 
 
@@ -138,7 +138,7 @@ def follow(maps: list[np.ndarray], points: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _aligned_cells(labels: TokenLabelMap, maps: list[np.ndarray], grid: tuple[int, int]) -> TokenCells:
     height, width = labels.scores.shape[1:]
-    # Where a token spans several cells of the map it is looked up at several points, as roi_align would.
+    # A token that spans several cells of the map is looked up at several points, as roi_align would do.
     per_axis = [
         min(max(math.ceil(n / side - 0.5), 1), _MAX_POINTS_PER_AXIS)
         for n, side in zip((height, width), grid, strict=True)
@@ -178,8 +178,8 @@ def _token_points(grid: tuple[int, int], per_axis: tuple[int, int]) -> np.ndarra
 def _between_cells(points: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the four cells around each point and their bilinear weights, [..., 4] each.
 
-    The centre of cell (i, j) lies at ((j + 0.5) / width, (i + 0.5) / height); outside the outermost centres the
-    outermost cells hold.
+    The centre of cell (i, j) lies at ((j + 0.5) / width, (i + 0.5) / height); beyond the outermost centres the
+    outermost cells apply.
     """
     x = np.minimum(np.maximum(points[..., 0] * width - 0.5, 0), width - 1)
     y = np.minimum(np.maximum(points[..., 1] * height - 0.5, 0), height - 1)
@@ -187,7 +187,7 @@ def _between_cells(points: np.ndarray, height: int, width: int) -> tuple[np.ndar
     dx, dy = x - left, y - top
     cells = np.empty((*x.shape, 4), np.int64)
     cells[..., 0] = top * width + left
-    # Where the map is one cell wide or high, left and right, top and bottom are the same.
+    # If the map is one cell wide or high, left and right, or top and bottom, are the same.
     cells[..., 1:] = cells[..., :1] + _beside(height, width)
     weights = np.empty((*x.shape, 4))
     weights[..., 1] = (1 - dy) * dx

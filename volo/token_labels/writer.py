@@ -1,7 +1,7 @@
-"""Writing a packed store, so that at any moment there is a whole store under its name or none.
+"""Writing a packed store: at any moment there is either a complete store under its name, or none.
 
 k top scores per cell, h x w cells of a label map. The files are written into a hidden folder beside the store,
-``.<name>.partial``, which gets the store's name when all of it is on disk.
+``.<name>.partial``, which is renamed when all of it is on disk.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ _logger = logging.getLogger("volo")
 
 
 class StoreWriter:
-    """Writes one store: add the entries, then close; leaving the ``with`` block with an exception keeps nothing.
+    """Writes one store: add the entries, then close. An exception in the ``with`` block removes what was written.
 
     Args:
         path: Folder to make.
         teacher, covers, top_k, num_classes, classes, exif: As in :class:`StoreHeader`.
-        overwrite: Replace a store that is there already, at the moment when the new one is whole.
+        overwrite: Replace an existing store, once the new one is complete.
 
     Raises:
-        ValueError: Something stands at ``path``, another process is writing it, or the header cannot be.
+        ValueError: ``path`` exists, another process is writing it, or the header is invalid.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class StoreWriter:
         Raises:
             ValueError: The key was added before; another k; a class out of range; a score that is NaN or infinite.
         """
-        assert key, "an image has a name"
-        assert label.scores.dtype == np.float16 and label.classes.dtype == np.int16, "a TokenLabelMap of its types"
+        assert key, "the name of an image is not empty"
+        assert label.scores.dtype == np.float16 and label.classes.dtype == np.int16, "dtypes as TokenLabelMap says"
         check_map(label, self._header.top_k, self._header.num_classes, f"label of {key!r}")
         encoded = encode_key(key)
         if encoded in self._seen:
             raise ValueError(
-                f"label of {key!r}: there is one already; images of one folder need names that differ in more than "
-                "the suffix, so rename one of them and generate its label again"
+                f"label of {key!r}: there is one already. Images of one folder need names that differ in more than "
+                "the suffix: rename one of them and generate its label again"
             )
         self._seen.add(encoded)
         self._keys.append(encoded)
@@ -111,10 +111,10 @@ class StoreWriter:
         self._files["keys.bin"].write(encoded)
 
     def close(self) -> None:
-        """Write index and header, and give the store its name; ValueError if nothing was added."""
+        """Write index and header, and give the store its name; ValueError if it has no entry."""
         if not self._keys:
             self.abort()
-            raise ValueError(f"{self.path}: not a single label was added, so there is nothing to store")
+            raise ValueError(f"{self.path}: no label was added, so there is nothing to store")
         try:
             hashes = hash_keys(self._keys)
             order = np.argsort(hashes, kind="stable")
@@ -152,14 +152,14 @@ class StoreWriter:
             self._take_lock(lock)
             if self._replaced.exists() and not self.path.exists():
                 os.rename(self._replaced, self.path)  # a kill came between the two renames of _publish
-                _logger.warning("%s is back: replacing it was interrupted", self.path)
+                _logger.warning("restored %s: replacing it was interrupted", self.path)
             self._require_free(overwrite)
         except BaseException:
             os.close(lock)
             raise
         if leftover := sorted(self._partial.iterdir()):
             size = sum(file.stat().st_size for file in leftover)
-            _logger.warning("%s, %s bytes left by an interrupted packing, is written again", self._partial, f"{size:,}")
+            _logger.warning("%s has %s bytes of an interrupted packing, which starts again", self._partial, f"{size:,}")
             for file in leftover:
                 file.unlink()
         if self._replaced.exists():
@@ -174,7 +174,9 @@ class StoreWriter:
                 f"another process is writing {self.path}; let it finish, or name another folder"
             ) from error
         except OSError:
-            _logger.warning("%s cannot be locked on this file system: see that no second process writes it", self.path)
+            _logger.warning(
+                "%s cannot be locked on this file system: make sure that no other process writes it", self.path
+            )
         if not self._partial.exists() or not os.path.samestat(os.fstat(lock), self._partial.stat()):
             raise ValueError(f"another process has just written {self.path}; start again if it is not yours")
 
@@ -182,7 +184,7 @@ class StoreWriter:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not is_store(self.path):
-            problem = f"{self.path} exists and is not a store of token labels; it is not touched: name another folder"
+            problem = f"{self.path} exists, is not a store of token labels, and is left as it is; name another folder"
         elif not overwrite:
             problem = f"{self.path} exists already; name another folder, or replace it with --overwrite true"
         else:
@@ -203,7 +205,7 @@ class StoreWriter:
 
 
 class _HashedFile:
-    """A file under its final checksum: SHA-256 of what was written, not of what a disk made of it."""
+    """A file and the SHA-256 of what was written to it, as opposed to what a faulty disk may have made of it."""
 
     def __init__(self, path: Path):
         self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115 (closed by close or discard)
@@ -222,7 +224,7 @@ class _HashedFile:
         return {"bytes": size, "sha256": self._sha256.hexdigest()}
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the rest of the buffer does not matter any more
+        with contextlib.suppress(OSError):  # the disk may be full; the rest of the buffer is not needed
             self._file.close()
 
 

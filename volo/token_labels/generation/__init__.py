@@ -1,1 +1,1 @@
-"""What only the generation of token labels uses."""
+"""Generating token labels with a teacher (scripts/generate_token_labels.py)."""

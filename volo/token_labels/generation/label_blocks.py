@@ -1,15 +1,15 @@
-"""What a generation has done so far: one file for each block of images, whole or not there.
+"""The finished part of a generation: one file per block of images, either complete or absent.
 
 The list of images, which is sorted, is cut into blocks of equal size; block b is the same images for any number of
 processes. A folder of them holds:
 
     options.json        what the labels depend on; a run resumes only with the same
     block-000012.npz    scores [S] and classes [S] of its maps, one after the other; indices [n] of the images;
-                        shapes [n, 2] of the maps; correct [2], how many images the teacher got right within 1 and 5;
-                        skipped [m] and reasons [m], images that could not be read
+                        shapes [n, 2] of the maps; correct [2], number of images with a top-1 and a top-5 hit;
+                        skipped [m] and reasons [m], unreadable images
 
-A file gets its name when all of it is on disk, so a kill at any moment leaves whole blocks and nothing else that
-counts. k top scores per cell, h x w cells of a map, S the sum of k * h * w over the n maps.
+A file gets its name when all of it is on disk, so a kill at any moment leaves only complete blocks. k top scores per
+cell, h x w cells of a map, S the sum of k * h * w over the n maps.
 """
 
 import json
@@ -29,7 +29,7 @@ _OPTIONS = "options.json"
 
 @dataclass
 class LabelBlock:
-    """The labels of one block: (index of the image, map), counts of right predictions, and unreadable images."""
+    """The labels of one block: (index of the image, map), counts of top-1 and top-5 hits, and unreadable images."""
 
     labels: list[tuple[int, TokenLabelMap]]
     correct: tuple[int, int]
@@ -67,12 +67,12 @@ class BlockFolder:
             options: What the labels depend on: name of the option to its value.
 
         Raises:
-            ValueError: The blocks there were made with other options, or it is some other folder.
+            ValueError: The blocks were made with other options, or the folder holds other files.
         """
         file = self.path / _OPTIONS
         if not file.exists():
             if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"{self.path} exists and was not left by an earlier run; move it away")
+                raise ValueError(f"{self.path} exists, but holds no blocks of an earlier run; move it away")
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(options, indent=1))
             return
@@ -82,15 +82,15 @@ class BlockFolder:
             raise ValueError(f"{file} is damaged; remove {self.path} to start again") from error
         changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
         if changed:
-            told = "; ".join(f"{name} was {before.get(name)}, now {options.get(name)}" for name in changed)
+            differences = "; ".join(f"{name} was {before.get(name)}, now {options.get(name)}" for name in changed)
             raise ValueError(
-                f"{self.path} holds labels made with other options: {told}. Give the same options to resume, remove "
-                "that folder to start again, or name another --output"
+                f"{self.path} holds labels made with other options: {differences}. Give the same options to resume, "
+                "remove that folder to start again, or name another --output"
             )
         remove_temporary_files(self.path)
 
     def remaining(self) -> list[int]:
-        """Return the numbers of the blocks that are not there yet, ascending."""
+        """Return the numbers of the missing blocks, ascending."""
         there = {entry.name for entry in os.scandir(self.path)}
         return [number for number in range(len(self)) if self._file(number).name not in there]
 
@@ -119,9 +119,9 @@ class BlockFolder:
             labels = list(self._maps(arrays, ends))
             skipped = dict(zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True))
             correct = tuple(arrays["correct"].tolist())
-        except Exception as error:  # arbitrary bytes trip the parsers in arbitrary ways
+        except Exception as error:  # the parsers raise all kinds of exceptions on damaged bytes
             raise ValueError(
-                f"{file} is damaged ({type(error).__name__}: {error}); remove it and start again: only its "
+                f"{file} is damaged ({type(error).__name__}: {error}). Remove it and start again; only its "
                 "images are labelled again"
             ) from error
         return LabelBlock(labels, correct, skipped)

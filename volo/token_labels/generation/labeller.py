@@ -1,4 +1,4 @@
-"""The work itself: images to the teacher, its best classes of each cell back.
+"""Labelling: images go to the teacher, and the best classes of each cell come back.
 
 B images of H x W pixels, C classes, k top scores per cell, h x w cells of a map.
 """
@@ -19,7 +19,7 @@ from volo.token_labels.store import TokenLabelMap
 
 
 class _Labelled(NamedTuple):
-    """Results of one forward pass, on the device: scores and classes [B, k, h, w], counts of right images [2]."""
+    """Results of one forward pass, on the device: scores and classes [B, k, h, w], top-1 and top-5 hits [2]."""
 
     indices: list[int]
     scores: Tensor
@@ -36,8 +36,8 @@ class Labeller:
         device: Where to compute.
         autocast: Gives the autocast context of the features.
         top_k: k.
-        batch_size: Most images of a forward pass.
-        on_error: An unreadable image: "fail" or "skip".
+        batch_size: Largest number of images in a forward pass.
+        on_error: What an unreadable image does: "fail" or "skip".
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Labeller:
     def block(self, chunks: Iterable[Chunk], on_images: Callable[[int], None] = lambda images: None) -> LabelBlock:
         """Label the images of one block.
 
-        Images of one size share a forward pass; for that they wait for one another, but never beyond the block.
+        Images of one size share a forward pass; they wait for one another, but never beyond the block.
 
         Args:
             chunks: All images of the block.
-            on_images: Called with the number of images that were labelled or skipped, now and then (a progress bar).
+            on_images: Called now and then with the number of images just labelled or skipped, for a progress bar.
 
         Raises:
-            UnreadableImage: A file cannot be read, and ``on_error`` is "fail".
-            ValueError: The teacher gave a score that is no number, or the device has too little memory.
+            UnreadableImage: An image is unreadable, and ``on_error`` is "fail".
+            ValueError: A score of the teacher is not finite, or the device has too little memory.
         """
         waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         done: list[_Labelled] = []
@@ -81,7 +81,7 @@ class Labeller:
             if skipped and self.on_error == "fail":
                 raise UnreadableImage(
                     f"{next(iter(skipped.values()))}; replace or remove the file, or give --on_error skip, which "
-                    "lists it and leaves it without a label"
+                    "lists unreadable images and gives them no label"
                 )
             for index, pixels in chunk.images():
                 group = waiting.setdefault(tuple(pixels.shape), [])
@@ -94,7 +94,7 @@ class Labeller:
             on_images(len(group))
         if skipped:
             on_images(len(skipped))
-        # Only here does the host wait for the device.
+        # The host waits for the device only here.
         labels = [pair for labelled in done for pair in self._maps(labelled)]
         correct = sum((labelled.correct for labelled in done), torch.zeros(2, dtype=torch.int64, device=self.device))
         return LabelBlock(
@@ -107,8 +107,8 @@ class Labeller:
             return self._labelled(indices, torch.stack([pixels for _, pixels in group]))
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"{len(group)} images of {group[0][1].shape[1]}x{group[0][1].shape[2]} at once are too much for the "
-                "memory of the GPU; start again with a smaller --batch_size (finished blocks are kept)"
+                f"{len(group)} images of {group[0][1].shape[1]}x{group[0][1].shape[2]} do not fit into "
+                "the memory of the GPU; start again with a smaller --batch_size (finished blocks are kept)"
             ) from error
 
     def _labelled(self, indices: list[int], pixels: Tensor) -> _Labelled:
@@ -133,8 +133,8 @@ class Labeller:
         if not finite.all():
             path = self.records.name(labelled.indices[int(np.argmin(finite))])
             raise ValueError(
-                f"the teacher's scores of {path} are not finite, or beyond float16; try --precision fp32, and see "
-                "that the weights are those of this teacher"
+                f"the teacher's scores of {path} are not finite, or exceed float16; try --precision fp32, and "
+                "check that the weights belong to this teacher"
             )
         maps = (TokenLabelMap(*pair) for pair in zip(scores, classes, strict=True))
         return list(zip(labelled.indices, maps, strict=True))

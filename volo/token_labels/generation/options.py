@@ -14,33 +14,34 @@ class GenerateOptions:
     """What to label, by which teacher, and where the labels go.
 
     Args:
-        images: Folder with one folder of images per class, such as the train folder of ImageNet; or what training reads
-            instead: a tar archive, shards ("train-{000..146}.tar", a folder of them, a URL).
-        output: Where the labels go. Finished blocks wait in OUTPUT.parts until all of them are there.
-        teacher: timm:NAME for a model of timm, or one of our own (volo_d1 ... volo_d5, volo_tiny, volo_nano).
-        teacher_checkpoint: Weights of the teacher; without it a timm teacher takes its pretrained weights.
-        weights: Which weights of that file; auto takes those that chose the best checkpoint in files
-            of train.py, raw in others.
-        random_weights: Use an untrained teacher, to try the command; its labels say nothing.
+        images: Folder with one folder of images per class, such as the train folder of ImageNet; or anything else that
+            training reads: a tar archive, or shards ("train-{000..146}.tar", a folder of them, a URL).
+        output: Store or folder to write. Finished blocks are kept in OUTPUT.parts until all are done.
+        teacher: timm:NAME for a model of timm, or a model of this package (volo_d1 ... volo_d5, volo_tiny, volo_nano).
+        teacher_checkpoint: Weights of the teacher; by default a timm teacher uses its pretrained weights.
+        weights: Which weights of that file to use; "auto" uses those that the best checkpoint was chosen by if the
+            file is from train.py, and otherwise "raw".
+        random_weights: Use an untrained teacher, to try the command; its labels are meaningless.
         labels: Labels of images that are not sorted into classes, as data.train_labels of the training.
         class_list: Class names in index order: "folders" (sorted folders of images), "imagenet" (the 1,000 ILSVRC2012
             synsets) or a text file, one name per line.
-        covers: "whole_image": the whole image is resized to the teacher's input, without a crop, so that the map
-            covers what training takes it to cover. A convolutional teacher gets the image in its own aspect ratio
-            (up to 4:1), in about as many pixels as img_size has; a teacher with a fixed grid (VOLO, ViT) gets it
-            squeezed to img_size. "center_crop": shorter side to img_size, centre crop, as the published labels.
+        covers: "whole_image" resizes the whole image to the teacher's input, without a crop. A convolutional teacher
+            sees the image in its own aspect ratio (up to 4:1), in about as many pixels as img_size has; a teacher with
+            a fixed grid (VOLO, ViT) sees it squeezed to img_size. "center_crop" resizes the shorter side to img_size
+            and takes the centre crop, as for the published labels.
         img_size: Side of the teacher's input in pixels, or [height, width]; by default that of its configuration
             (for timm its test size), or of the checkpoint.
-        top_k: Classes kept per cell.
-        format: "packed" writes one memory-mapped store; "published" a folder of .pt files as the published code reads.
+        top_k: Number of classes kept per cell.
+        format: "packed" writes one memory-mapped store; "published" a folder of .pt files for the published code.
         batch_size: Images per forward pass of a process.
-        block_size: Images between two saves of a process; as many may have to be labelled again after a kill.
-        workers: Processes that read images, per process that labels; by default one per core, up to 8.
-        timeout_seconds: Longest wait for images from these processes (a network file system may hang for ever); 0 for
+        block_size: Images between two saves of a process; up to this many are labelled again after a kill.
+        workers: Number of processes that read images, per labelling process; by default one per core, up to 8.
+        timeout_seconds: Longest wait for images from these processes (a network file system may hang forever); 0 for
             no limit.
-        precision: Arithmetic of the features; the classifier is always in fp32. auto is bf16 on CUDA, fp32 on the CPU.
-        device: auto takes CUDA if there is a GPU.
-        on_error: An unreadable image: "fail" names it and stops; "skip" lists it, and it gets no label.
+        precision: Precision of the features; the classifier always computes in fp32. "auto" is bf16 on CUDA and fp32
+            on the CPU.
+        device: "auto" uses CUDA if there is a GPU.
+        on_error: What to do with an unreadable image: "fail" names it and stops; "skip" lists it and gives it no label.
         exif: "ignore" orientation tags or "apply" them; as data.exif of the training.
         cache: Folder that keeps listings and indices, as data.cache of the training.
     """
@@ -69,9 +70,9 @@ class GenerateOptions:
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "block_size"):
-            _require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; at least 1")
-        _require(self.workers is None or self.workers >= 0, f"--workers is {self.workers}; 0 or more")
-        _require(self.timeout_seconds >= 0, f"--timeout_seconds is {self.timeout_seconds}; 0 or more")
+            _require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it should be 1 or more")
+        _require(self.workers is None or self.workers >= 0, f"--workers is {self.workers}; it should be 0 or more")
+        _require(self.timeout_seconds >= 0, f"--timeout_seconds is {self.timeout_seconds}; it should be 0 or more")
         sides = [self.img_size] if isinstance(self.img_size, int) else self.img_size or [1]
         _require(
             len(sides) <= 2 and min(sides) >= 1,
@@ -79,12 +80,12 @@ class GenerateOptions:
         )
         _require(
             not (self.random_weights and self.teacher_checkpoint),
-            "--random_weights and --teacher_checkpoint exclude each other",
+            "--random_weights and --teacher_checkpoint exclude each other; give one of them",
         )
         _require(
             self.teacher.startswith("timm:") or self.random_weights or self.teacher_checkpoint is not None,
-            f"--teacher {self.teacher} needs its weights: give --teacher_checkpoint FILE (or a teacher of timm, "
-            "--teacher timm:NAME, which can fetch its own)",
+            f"--teacher {self.teacher} has no weights. Give --teacher_checkpoint FILE, or a teacher of timm with "
+            "pretrained weights (--teacher timm:NAME)",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""From finished blocks to what the user asked for: one packed store, or a folder of files in the published layout.
+"""Writing finished blocks in the format asked for: a packed store, or a folder of files in the published layout.
 
 k top scores per cell, h x w cells of a map.
 """
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Totals:
-    """What came of it: images labelled, how many of them the teacher got right, and why others were skipped."""
+    """The result: images labelled, top-1 and top-5 hits of the teacher among them, and why others were skipped."""
 
     images: int
     top1_correct: int
@@ -39,18 +39,18 @@ class Totals:
 
 
 def published_name(path: str) -> str:
-    """Return what the published code makes of an image's path: the text before the first dot."""
+    """Return the name that the published code gives to an image's label: the path before its first dot."""
     return path.split(".")[0]
 
 
 def require_storable(layout: str, records: ImageRecords) -> None:
-    """Raise ValueError if labels of these images cannot be told apart, or their classes cannot be stored."""
+    """Raise ValueError if two images would share a label's name, or if there are too many classes to store."""
     num_classes = len(records.classes)
     if num_classes > MAX_CLASSES:
         raise ValueError(f"--class_list has {num_classes:,} classes; labels are stored for up to {MAX_CLASSES:,}")
     if layout == "published" and num_classes > EXACT_IN_FLOAT16 + 1:
         raise ValueError(
-            f"--format published keeps class indices in float16, which is exact up to {EXACT_IN_FLOAT16:,}, and "
+            f"--format published keeps class indices in float16, which is exact up to {EXACT_IN_FLOAT16:,}, but "
             f"there are {num_classes:,} classes; use --format packed"
         )
     name_of = published_name if layout == "published" else label_key
@@ -66,12 +66,12 @@ def require_storable(layout: str, records: ImageRecords) -> None:
 def write_output(
     options: GenerateOptions, records: ImageRecords, teacher: str, folder: BlockFolder, stop: StopRequest
 ) -> Totals | None:
-    """Write what the blocks hold to the output, which gets its name when it is whole.
+    """Write the labels of all blocks to the output, which gets its name when it is complete.
 
-    Returns the totals, or None if ``stop`` was requested meanwhile; then nothing is left of the output.
+    Returns the totals, or None if ``stop`` was requested meanwhile; then no output is left.
 
     Raises:
-        ValueError: A block is damaged, or not one image has a label.
+        ValueError: A block is damaged, or no image has a label.
     """
     writer = write_published if options.format == "published" else write_packed
     counts, skipped = np.zeros(3, dtype=np.int64), []
@@ -87,7 +87,7 @@ def write_output(
             yield from ((records.name(index), label) for index, label in block.labels)
             progress.update(1)
         if not counts[0]:
-            raise ValueError(f"none of the {len(skipped)} images could be read, so there is no label. {skipped[0]}")
+            raise ValueError(f"all {len(skipped)} images are unreadable, so there is no label. {skipped[0]}")
 
     with contextlib.closing(progress):
         try:
@@ -117,7 +117,10 @@ def write_packed(
 def write_published(
     options: GenerateOptions, records: ImageRecords, teacher: str, labels: Iterator[tuple[str, TokenLabelMap]]
 ) -> None:
-    """Write (image path, map) as one file per image, float16 [2, k, h, w]: scores, and class indices."""
+    """Write (image path, map) as one file per image, float16 [2, k, h, w]: scores, and class indices.
+
+    The folder gets its name when all of it is on disk, because the blocks are removed afterwards.
+    """
     output = Path(options.output)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""From a teacher and a folder of images to their token labels: what scripts/generate_token_labels.py does.
+"""Running scripts/generate_token_labels.py: a teacher labels a folder of images.
 
-The sorted list of images is cut into blocks; each process labels every R-th of those that are left and saves it. When
-all are there, the first process writes them out. Which images share a forward pass depends on the block alone, so the
-labels are the same for any number of processes and any number of interruptions.
+The sorted list of images is cut into blocks; each process labels every R-th of the remaining blocks and saves it. When
+all blocks are done, the first process writes the output. Which images share a forward pass depends only on the block,
+so the labels are the same for any number of processes and any number of interruptions.
 
 C classes, R processes; for other letters see :mod:`volo.token_labels.generation.labeller`.
 """
@@ -38,7 +38,7 @@ from volo.token_labels.images import OPTIONS_HERE, open_images
 
 _logger = logging.getLogger("volo")
 
-# The functions that reading images and making models are shared with name the options of train.py.
+# Functions shared with train.py name its options in their messages.
 _OPTIONS_HERE = OPTIONS_HERE | {
     "model.img_size": "--img_size",
     "train.precision": "--precision",
@@ -49,7 +49,7 @@ _OPTIONS_HERE = OPTIONS_HERE | {
 
 
 def run_generation(options: GenerateOptions) -> int:
-    """Label as asked; return the exit code (see :mod:`volo.runtime.program`)."""
+    """Label the images; return the exit code (see :mod:`volo.runtime.program`)."""
     stop = StopRequest()
     try:
         return _run(options, stop)
@@ -81,7 +81,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
     if distributed.max_over_ranks([float(stop.requested)])[0]:
         return _stopped(folder)
     if not world.is_main:
-        return DONE  # rather than wait for the other, which may take longer than collectives wait
+        return DONE  # writing the output may take longer than the timeout of a collective
     totals = write_output(options, records, teacher.full_name(), folder, stop)
     if totals is None:
         return _stopped(folder)
@@ -91,10 +91,10 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
 
 
 def find_images(options: GenerateOptions) -> ImageRecords:
-    """List the images; ValueError if they, or the place for their labels, are unusable."""
+    """List the images; ValueError if they or the output are unusable."""
     output = Path(options.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists already; it is not touched: name another, or move it away")
+        raise ValueError(f"--output {output} exists already and is left as it is; name another, or move it away")
     if options.teacher_checkpoint and not os.path.isfile(options.teacher_checkpoint):
         raise ValueError(f"--teacher_checkpoint is {options.teacher_checkpoint!r}, which is not a file")
     records = open_images(options.images, options.class_list, options.labels, options.cache)
@@ -105,10 +105,10 @@ def find_images(options: GenerateOptions) -> ImageRecords:
 def prepare_teacher(
     options: GenerateOptions, classes: tuple[str, ...], file: dict | None, device: torch.device
 ) -> tuple[Teacher, tuple[int, int]]:
-    """Return the teacher on ``device`` and the (rows, cols) of its map of an input of the size asked for."""
+    """Return the teacher on ``device``, and the (rows, columns) of its label map for an input of its nominal size."""
     if options.top_k > len(classes):
         raise ValueError(
-            f"--top_k is {options.top_k}, and there are {len(classes)} classes: give --top_k {len(classes)} or less"
+            f"--top_k is {options.top_k}, but there are {len(classes)} classes; give --top_k {len(classes)} or less"
         )
     auto_ema = options.weights == "auto" and (file or {}).get("evaluated_weights") == "ema"
     teacher = make_teacher(
@@ -124,14 +124,14 @@ def prepare_teacher(
     if device.type == "cuda":
         teacher.model.to(memory_format=torch.channels_last)
     if options.random_weights:
-        _logger.warning("random weights: the labels say nothing about the images")
+        _logger.warning("random weights: the labels are meaningless")
     return teacher, teacher.check(device)
 
 
 def identity(
     options: GenerateOptions, records: ImageRecords, teacher: Teacher, precision: Precision
 ) -> dict[str, str | int]:
-    """Return all that the labels depend on: what a resumed run must have in common with the one before."""
+    """Return everything that the labels depend on, which must not change when a run resumes."""
     images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
     images.update(records.labels.tobytes())
     classes = hashlib.sha256("\n".join(records.classes).encode())
@@ -159,7 +159,7 @@ def label_blocks(
     remaining: list[int],
     stop: StopRequest,
 ) -> None:
-    """Label this process's share of the ``remaining`` blocks and save each; ``stop`` ends it, the blocks stay."""
+    """Label this process's share of the ``remaining`` blocks and save each, until ``stop`` is requested."""
     mine = remaining[world.rank :: world.size]
     if not mine:
         return
@@ -209,13 +209,13 @@ def describe(
     precision: Precision,
     world: World,
 ) -> str:
-    """Return what the run does, in effective values, for the head of the log."""
+    """Return the effective settings of the run, for the head of the log."""
     height, width = teacher.input.image_hw
     size = f"{height}x{width} pixels, {grid[0]}x{grid[1]} cells"
     if options.covers == "center_crop":
         shown = f"shorter side resized, centre crop: {size}"
     elif teacher.input.keeps_aspect:
-        shown = f"whole image in its aspect ratio, pixels and cells as many as {size}"
+        shown = f"whole image in its own aspect ratio, about as many pixels and cells as {size}"
     else:
         shown = f"whole image squeezed to {size}"
     weights = options.teacher_checkpoint or ("random" if options.random_weights else "pretrained by timm")
@@ -228,33 +228,33 @@ def describe(
         ("processes", f"{world.size} on {device}, precision {precision.name}"),
     ]
     if records.ignored:
-        rows.append(("ignored", f"{records.ignored} files that are hidden, or no images by their suffix"))
+        rows.append(("ignored", f"{records.ignored} files that are hidden, or whose suffix is not that of an image"))
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
 def closing_words(options: GenerateOptions, totals: Totals) -> str:
-    """Return the last lines: where the labels are, what has none, and how good the teacher is on these images.
+    """Return the summary: where the labels are, which images have none, and the teacher's accuracy on these images.
 
-    The list of what has none is written beside the output, too.
+    Also writes the list of skipped images beside the output.
     """
     lines = [f"labels of {totals.images:,} images: {options.output}"]
     if totals.skipped:
         listed = Path(f"{options.output}.skipped.txt")
         listed.write_text("\n".join(totals.skipped) + "\n", encoding="utf-8", errors="surrogateescape")
-        lines.append(f"{len(totals.skipped):,} images cannot be read and have no label (all of them: {listed}):")
+        lines.append(f"{len(totals.skipped):,} images are unreadable and have no label (full list: {listed}):")
         lines += [f"  {reason}" for reason in totals.skipped[:10]]
     shares = [
         f"{name} {100 * count / totals.images:.3f} % ({count:,} of {totals.images:,})"
         for name, count in (("top-1", totals.top1_correct), ("top-5", totals.top5_correct))
     ]
     if options.format == "published" and (options.covers, options.exif) != ("center_crop", "ignore"):
-        # Read as they are, they would be taken for what the published archive is.
+        # Otherwise training would take them for maps of the centre crop with EXIF ignored, as in the published archive.
         lines.append(
-            "the published layout does not say what its maps show: before training, pack them with "
+            "the published layout does not say what its maps cover: before training, pack them with "
             f"scripts/pack_token_labels.py --source {options.output} --covers {options.covers} "
             f"--exif {options.exif}"
         )
-    return "\n".join([*lines, f"accuracy of the teacher on these images: {', '.join(shares)}"])
+    return "\n".join([*lines, f"teacher's accuracy on these images: {', '.join(shares)}"])
 
 
 def _stopped(folder: BlockFolder) -> int:
@@ -275,7 +275,7 @@ def _parts(options: GenerateOptions) -> Path:
 
 @contextlib.contextmanager
 def _checking_options() -> Iterator[None]:
-    """Turn the ValueErrors of the block, all found before any work, into UsageError, in the words of our options."""
+    """Turn a ValueError of the block, raised before any work, into a UsageError that names this program's options."""
     try:
         yield
     except WeightsNotFetched:

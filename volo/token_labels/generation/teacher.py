@@ -1,7 +1,7 @@
-"""A teacher: any classifier that also says what it sees in each cell of its last feature map.
+"""A teacher: a classifier that also classifies each cell of its last feature map.
 
-The classifier behind the pooling is applied to every cell, as a 1x1 convolution would be (arXiv 2104.10858). Where
-pooling is a mean and nothing but a linear layer follows it, the mean of the cells is the network's own prediction.
+The classifier that follows the pooling is applied to every cell, as a 1x1 convolution would be (arXiv 2104.10858). If
+pooling is a mean and only a linear layer follows it, the mean over the cells is the network's own prediction.
 B images of H x W pixels, C classes, h x w cells, N = h * w tokens, P prefix tokens (class token and the like), D
 channels of the features.
 """
@@ -22,7 +22,7 @@ from volo.token_labels.generation.teacher_input import TeacherInput
 
 
 class TeacherLogits(NamedTuple):
-    """What a teacher says: of each cell [B, h, w, C], and its own prediction of the image [B, C]."""
+    """Logits of each cell [B, h, w, C], and of the whole image [B, C]."""
 
     cells: Tensor
     image: Tensor
@@ -30,14 +30,14 @@ class TeacherLogits(NamedTuple):
 
 @dataclass
 class Teacher:
-    """A network and the way images come to it.
+    """A network and the preprocessing of its images.
 
     Args:
-        name: What the user calls it.
+        name: The name that the user gave.
         model: In evaluation mode; has ``forward_features``.
-        classify: From the model, its features and (H, W) to the logits.
+        classify: Returns the logits from the model, its features and (H, W).
         num_classes: C.
-        input: What images it takes.
+        input: The size of its input.
         mean, std: Normalisation of each channel, in [0, 1].
     """
 
@@ -51,7 +51,7 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, autocast: Callable = nullcontext) -> TeacherLogits:
-        """Label normalised images [B, 3, H, W]; the features under ``autocast``, the classifier in its own type."""
+        """Classify normalised images [B, 3, H, W]; the features under ``autocast``, the classifier in its own dtype."""
         with autocast():
             features = self.model.forward_features(images)
         if not isinstance(features, Tensor):
@@ -63,28 +63,28 @@ class Teacher:
         return self.classify(self.model, features, tuple(images.shape[-2:]))
 
     def check(self, device: torch.device) -> tuple[int, int]:
-        """Label one black image; return the (rows, cols) of its map. ValueError where there is none."""
+        """Label one black image; return the (rows, columns) of its map. ValueError if that fails."""
         size = self.input.image_hw
         try:
             cells = self(torch.zeros(1, 3, *size, device=device)).cells
-        except (RuntimeError, AssertionError) as error:  # however a network says that it cannot take this size
+        except (RuntimeError, AssertionError) as error:  # networks refuse a size in various ways
             raise ValueError(
                 f"--teacher {self.name} fails on an image of {size[0]}x{size[1]}: {first_line(error)}; try another "
                 "--img_size"
             ) from error
         if cells.shape[1] * cells.shape[2] < 2:
             raise ValueError(
-                f"--teacher {self.name} has one cell for an image of {size[0]}x{size[1]}, which is no map; give a "
+                f"--teacher {self.name} has one cell for an image of {size[0]}x{size[1]}, which is not a map; give a "
                 "larger --img_size, or another teacher"
             )
         return cells.shape[1], cells.shape[2]
 
     def full_name(self) -> str:
-        """Return the name under which its labels are kept: two teachers of one architecture differ in it."""
+        """Return the name to store with its labels, which differs between two teachers of one architecture."""
         return f"{self.name}, weights {self.fingerprint()[:12]}"
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of its weights, by which two runs tell whether they have the same teacher."""
+        """Return the SHA-256 of its weights, which tells whether two runs have the same teacher."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -96,7 +96,7 @@ class Teacher:
 
 
 def volo_logits(model: VOLO, features: Tensor, image_hw: tuple[int, int]) -> TeacherLogits:
-    """Classify tokens by the token head; by the head where a VOLO has no other."""
+    """Classify tokens with the token head, or with the class head of a VOLO that has no token head."""
     if model.cls_token is None:
         cells = model.head(features)  # [B, N, C]
         image = model.head(features.mean(1))  # [B, C]
@@ -109,11 +109,11 @@ def volo_logits(model: VOLO, features: Tensor, image_hw: tuple[int, int]) -> Tea
 
 
 def timm_logits(model: nn.Module, features: Tensor, image_hw: tuple[int, int]) -> TeacherLogits:
-    """Classify cells by timm's own head: each cell goes in as if it were an image of one cell.
+    """Classify cells with timm's own head: each cell is passed to it as if it were an image of one cell.
 
-    So whatever a model does behind its pooling (norm, convolution, several heads) is done to the cell. A token goes
-    in with copies of itself for the prefix, as the pooled vector is a prefix token in some models and the mean of the
-    others in the rest.
+    So everything that a model does after pooling (norm, convolution, several heads) is done to the cell. A token is
+    passed with copies of itself as prefix tokens, because some models take a prefix token for the pooled vector, and
+    others the mean of the remaining tokens.
     """
     image = model.forward_head(features)  # [B, C]
     if features.ndim == 3:
@@ -135,14 +135,14 @@ def timm_logits(model: nn.Module, features: Tensor, image_hw: tuple[int, int]) -
 
 
 def token_grid(model: nn.Module, num_tokens: int, image_hw: tuple[int, int]) -> tuple[int, int]:
-    """Return (rows, cols) of ``num_tokens`` tokens over an image; ValueError where they are no grid of its shape."""
+    """Return the (rows, columns) of ``num_tokens`` tokens; ValueError if they form no grid of the image's shape."""
     grid = tuple(getattr(getattr(model, "patch_embed", None), "grid_size", None) or ())
     if len(grid) == 2 and math.prod(grid) == num_tokens:
         return grid
     rows = round(math.sqrt(num_tokens * image_hw[0] / image_hw[1]))
     if num_tokens < 2 or rows < 1 or num_tokens % rows:
         raise ValueError(
-            f"--teacher: {num_tokens} tokens are no grid over an input of {image_hw[0]}x{image_hw[1]}, so there is no "
+            f"--teacher: {num_tokens} tokens form no grid over an input of {image_hw[0]}x{image_hw[1]}, so there is no "
             "label map; take another teacher"
         )
     return rows, num_tokens // rows

@@ -1,4 +1,4 @@
-"""Making a teacher: a model of timm or one of ours, with the weights and the input that belong to it.
+"""Making a teacher: a model of timm or of this package, with its weights and the size of its input.
 
 C classes, [H, W] the size of the input.
 """
@@ -17,7 +17,7 @@ from volo.token_labels.generation.teacher_input import TeacherInput
 
 
 class WeightsNotFetched(ValueError):
-    """Weights cannot be downloaded: nothing is wrong with the options."""
+    """Weights cannot be downloaded, which is not an error in the options."""
 
 
 def make_teacher(
@@ -33,17 +33,17 @@ def make_teacher(
     """Return the teacher in evaluation mode, on the CPU.
 
     Args:
-        name: "timm:NAME" or the name of one of our models.
+        name: "timm:NAME", or the name of a model of this package.
         classes: The C class names in index order.
-        file, path: A checkpoint, read, and where it was read from; None takes timm's pretrained weights.
+        file, path: The content of a checkpoint, and its path; None takes timm's pretrained weights.
         use_ema: Take the file's EMA weights.
-        random_weights: Leave the network untrained, the same each time.
-        image_hw: (H, W) of its input; None takes the model's or the file's own.
+        random_weights: Leave the network untrained, with the same weights each time.
+        image_hw: (H, W) of its input; None takes that of the model or the file.
 
     Raises:
         ValueError: Unknown name, weights that do not exist or do not fit, another number or order of classes, or an
-            impossible size.
-        WeightsNotFetched: Pretrained weights that should be there and cannot be had.
+            invalid size.
+        WeightsNotFetched: The pretrained weights exist, but cannot be downloaded.
     """
     own_classes = tuple((file or {}).get("classes") or ())
     if own_classes and own_classes != classes:
@@ -77,10 +77,10 @@ def _timm_teacher(name: str, num_classes: int, pretrained: bool, image_hw: tuple
         model = timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:
         raise WeightsNotFetched(
-            f"the weights of timm:{name} cannot be fetched: {first_line(error).rstrip('.;')}. Where there is no "
-            "network, give them as --teacher_checkpoint FILE"
+            f"the weights of timm:{name} cannot be downloaded: {first_line(error).rstrip('.;')}. Without a network, "
+            "give them as --teacher_checkpoint FILE"
         ) from error
-    except Exception as error:  # no such tag or weights, a size the model cannot have: timm raises as it comes
+    except Exception as error:  # timm raises all kinds of exceptions for an unknown tag or an invalid size
         raise ValueError(f"--teacher timm:{name} cannot be made: {first_line(error)}") from error
     data = resolve_model_data_config(model, use_test_size=not is_fixed)
     teacher_input = TeacherInput(
@@ -94,7 +94,7 @@ def _timm_teacher(name: str, num_classes: int, pretrained: bool, image_hw: tuple
 
 
 def _load_timm(model: nn.Module, file: dict, path: str, use_ema: bool) -> None:
-    """Load the weights of a file of timm, or of nothing but weights, whole or with an error."""
+    """Load all weights from a file of timm, or one that holds only weights; ValueError if they do not fit."""
     names = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
     weights = next((file[name] for name in names if isinstance(file.get(name), dict)), None)
     if weights is None:
@@ -121,7 +121,7 @@ def _volo_teacher(
         raise ValueError(
             f"--teacher {name!r} is unknown; give timm:NAME for a model of timm, or one of {', '.join(list_models())}"
         )
-    config = (file or {}).get("config") or {}  # that of the run, in our own files
+    config = (file or {}).get("config") or {}  # of the run, in checkpoints of train.py
     model_config = {key: value for key, value in config.get("model", {}).items() if value is not None}
     if model_config.get("name", name) != name:
         raise ValueError(f"{path} is a {model_config['name']}; give --teacher {model_config['name']}")
@@ -145,7 +145,7 @@ def _volo_teacher(
 
 
 def _size_of(name: str, file: dict | None) -> tuple[int, int] | None:
-    """Return the input size that a file's position embedding is for; None where the file has none in sight."""
+    """Return the input size that a file's position embedding is for; None if the file has none."""
     weights = next((file[key] for key in ("state_dict", "state_dict_ema") if (file or {}).get(key)), file or {})
     pos_embed = next((value for key, value in weights.items() if key.split(".")[-1] == "pos_embed"), None)
     if pos_embed is None or pos_embed.ndim != 4:
@@ -157,16 +157,16 @@ def _size_of(name: str, file: dict | None) -> tuple[int, int] | None:
 
 def _other_count(what: str, has: int, wanted: int) -> str:
     return (
-        f"{what} has {has} classes, and the class list has {wanted}: take a teacher of these classes, or give with "
-        "--class_list the list that the teacher knows"
+        f"{what} has {has} classes, but the class list has {wanted}. Take a teacher of these classes, or give the "
+        "teacher's classes with --class_list"
     )
 
 
 def _other_classes(path: str | None, own: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     if len(own) != len(wanted):
         return _other_count(str(path), len(own), len(wanted))
-    place = next(i for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b)
+    index = next(i for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b)
     return (
-        f"class {place} of {path} is {own[place]!r}, and of the class list {wanted[place]!r}: the labels would name "
-        "other classes. Give with --class_list the list that the teacher knows"
+        f"class {index} is {own[index]!r} in {path} but {wanted[index]!r} in the class list, so the labels would name "
+        "other classes. Give the teacher's classes with --class_list"
     )

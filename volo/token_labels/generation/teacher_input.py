@@ -1,4 +1,4 @@
-"""Images on their way to a teacher: read, resized, and handed over by worker processes.
+"""The teacher's input: images are read and resized by worker processes.
 
 Images of different sizes H x W travel as one array of bytes, because every tensor that passes between two processes
 costs both of them an open file.
@@ -21,16 +21,16 @@ from volo.data.sources.records import ImageRecords
 from volo.data.workers import BatchReader
 
 _LARGEST_ASPECT = 4  # beyond it, a label map would be a single row of cells
-_CHUNK = 16  # images; enough to hide the cost of handing them over
+_CHUNK = 16  # images; enough to hide the cost of passing them between processes
 
 
 @dataclass(frozen=True)
 class TeacherInput:
-    """What a teacher takes.
+    """The size of a teacher's input.
 
     Args:
         image_hw: (H, W) of the input in pixels; if ``keeps_aspect``, only their product counts.
-        keeps_aspect: Whether it takes inputs of any size divisible by ``stride``; otherwise only of ``image_hw``.
+        keeps_aspect: Whether inputs may have any size divisible by ``stride``; otherwise only ``image_hw``.
         stride: Pixels between two cells.
         interpolation: Resampling of the resize, as timm names it.
     """
@@ -65,7 +65,7 @@ class Chunk:
         indices: Their indices in the records.
         sizes: (H, W) of each, in pixels.
         pixels: uint8, the images [3, H, W] one after the other.
-        skipped: Index of each image that cannot be read, and the reason.
+        skipped: Index of each unreadable image, and the reason.
     """
 
     indices: list[int]
@@ -84,7 +84,7 @@ class Chunk:
 
 
 class _TeacherImages(Dataset):
-    """By index: (index, pixels or None, why it cannot be read)."""
+    """By index: (index, pixels or None, the reason if it is unreadable)."""
 
     def __init__(self, records: ImageRecords, teacher_input: TeacherInput, covers: str, exif: str):
         self.records = records
@@ -93,7 +93,7 @@ class _TeacherImages(Dataset):
         self.exif = exif
 
     def name(self, index: int) -> str:
-        """Return what image ``index`` is called in messages."""
+        """Return the name of image ``index`` in messages."""
         return self.records.location(index)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, str]:
@@ -134,15 +134,15 @@ def read_chunks(
     Args:
         records: The images.
         blocks: Ranges of image indices.
-        teacher_input: What the teacher takes.
+        teacher_input: The size of the teacher's input.
         covers: "whole_image" or "center_crop".
         exif: "ignore" or "apply" orientation tags.
-        workers: Processes that read; 0 reads in this one.
+        workers: Number of processes that read; 0 reads in this one.
         timeout_seconds: Longest wait for one chunk from the workers; 0 for no limit.
         replace_workers: Replace a worker that dies, instead of raising an error.
     """
-    cut = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
-    chunks = [chunk for block in cut for chunk in block]
+    chunked = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
+    chunks = [chunk for block in chunked for chunk in block]
     reader = BatchReader(
         _TeacherImages(records, teacher_input, covers, exif),
         lambda number: iter(chunks[number:]),
@@ -151,7 +151,7 @@ def read_chunks(
         timeout_seconds=timeout_seconds,
         replace_workers=replace_workers,
     )
-    return _all_of(reader, len(chunks)), [len(block) for block in cut]
+    return _all_of(reader, len(chunks)), [len(block) for block in chunked]
 
 
 def _all_of(reader: BatchReader, count: int) -> Iterator[Chunk]:
