@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Let a teacher label every cell of every image of a folder, as TokenLabeling does (arXiv 2104.10858).
+"""Label every cell of every image in a folder with a teacher, as in TokenLabeling (arXiv 2104.10858).
 
     python scripts/generate_token_labels.py --images imagenet/train --class_list imagenet \
         --teacher timm:dm_nfnet_f6 --output labels/nfnet_f6
     torchrun --nproc_per_node=8 scripts/generate_token_labels.py ...
 
-Any model of timm is a teacher, and any VOLO of ours. The labels become one store, which training reads as it is;
-after a stop or a kill, the same command resumes.
+The teacher may be any model of timm, or any VOLO of this package. The labels are written as one store, which training
+reads directly. After a stop or a kill, the same command resumes.
 """
 
 import sys
@@ -23,7 +23,7 @@ if __name__ == "__main__":
         description=__doc__.splitlines()[0],
     )
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Slow imports come after the options are known to be valid.
     from volo.runtime.program import finish
     from volo.token_labels.generation.run import run_generation
 

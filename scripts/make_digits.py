@@ -6,7 +6,7 @@
 makes train/<digit>/NNNN.png and val/<digit>/NNNN.png, where NNNN is the index of the image in scikit-learn's set:
 1,797 grayscale scans of 8x8 pixels (the test part of "Optical Recognition of Handwritten Digits", UCI Machine
 Learning Repository), enlarged to 32x32. A fifth of every digit, drawn from a fixed seed, is held out in val.
-The folder appears complete or not at all; if it is complete already, nothing is done.
+The folder appears complete or not at all. If it exists and is complete, nothing is done.
 """
 
 import os
@@ -28,10 +28,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """Where the digits go.
+    """Where to write the digits.
 
     Args:
-        output: Folder to make.
+        output: Folder to write.
     """
 
     output: str = "data/digits"
@@ -69,16 +69,16 @@ def count_images(folder: Path) -> int:
 
 
 def make_digits(output: Path) -> bool:
-    """Make ``output``; return false if it was complete already.
+    """Write ``output``; return false if it was complete already.
 
-    Raises ValueError if ``output`` is anything else: it is the user's, so it is left as it is.
+    Raises ValueError if ``output`` holds anything else, which is left as it is.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if count_images(output) == NUM_IMAGES:
             return False
         raise ValueError(
-            f"{output} exists but does not hold the {NUM_IMAGES:,} digits (found {count_images(output):,}): "
-            "move it away, or give another folder with --output"
+            f"{output} exists but does not hold the {NUM_IMAGES:,} digits (found {count_images(output):,}). "
+            "Move it away, or give another folder with --output"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
@@ -95,7 +95,7 @@ def make_digits(output: Path) -> bool:
 
 
 def run(options: DigitsOptions) -> int:
-    """Make the folder and say so; return the exit code."""
+    """Write the folder and report it; return the exit code."""
     made = make_digits(Path(options.output))
     print(f"{options.output}: {NUM_IMAGES:,} handwritten digits {'written' if made else 'exist already'}")
     return 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Pack a folder of token labels, one .pt file per image, into one store that all workers and ranks read in place.
+"""Pack a folder of token labels, one .pt file per image, into one store that all workers and ranks share.
 
     python scripts/pack_token_labels.py --source label_top5_train_nfnet --output labels/nfnet --images imagenet/train
 
 takes the published labels (<source>/<class>/<image>.pt, float16 [2, k, H, W]: scores and class indices) or any
-folder of such files. The store gets its name once it is whole; after an interruption, run the same command again.
+folder of such files. The store gets its name once it is complete; after an interruption, run the same command again.
 """
 
 import sys
@@ -21,7 +21,7 @@ if __name__ == "__main__":
         description=__doc__.splitlines()[0],
     )
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Slow imports come after the options are known to be valid.
     from volo.runtime.program import finish
     from volo.token_labels.pack import run_packing
 

@@ -18,7 +18,7 @@ from volo.prepare_imagenet.options import COMMANDS
 if __name__ == "__main__":
     options = parse_command(COMMANDS, sys.argv[1:], prog="prepare_imagenet.py", description=__doc__.splitlines()[0])
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Slow imports come after the options are known to be valid.
     from volo.prepare_imagenet.run import run_prepare
     from volo.runtime.program import finish
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a VOLO trained with token labels: set up .venv where needed, write the handwritten digits, train a
+# From nothing to a VOLO trained with token labels: set up .venv if needed, write the handwritten digits, train a
 # teacher for a few epochs, let it label every token of every training image, train a student on these labels (two
 # torchrun processes, on CPU or on one or two CUDA GPUs), evaluate the student's best checkpoint.
 # Some four to five minutes on two CPU cores after installation; ends with exit code 1 below 98 % top-1.
@@ -15,7 +15,7 @@ python=.venv/bin/python
 
 processes=$("$python" -c 'import torch; c = torch.cuda; print((min(2, c.device_count()) if c.is_available() else 0) or 2)')
 
-# --- A folder of its own: what an earlier quickstart left stays as it is. mkdir takes the name for us alone.
+# --- A new folder, so that earlier runs are kept. mkdir fails if another process has just taken the name.
 mkdir -p runs
 folder=runs/quickstart
 for ((n = 2; ; n++)); do

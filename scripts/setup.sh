@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install requirements.txt into it. Run again, it only checks whether
+# Make .venv in the repository root and install requirements.txt into it. If that was done before, only check whether
 # requirements.txt or pyproject.toml, which states the dependencies, has changed since.
 #
 #   bash scripts/setup.sh                     with the first Python of 3.11-3.13 found
-#   PYTHON=python3.12 bash scripts/setup.sh   with this one (for a .venv that is not there yet)
+#   PYTHON=python3.12 bash scripts/setup.sh   with this one (if there is no .venv yet)
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ fail() {
     exit 1
 }
 
-# A name on PATH may be a shim without a Python behind it, and a Python may lack its venv package: run it.
+# A name on PATH may be a shim with no Python behind it, and a Python may lack its venv package, so run it.
 is_supported() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
@@ -29,7 +29,7 @@ find_python() {
     return 1
 }
 
-# Two set-ups at once would write the same folder; this script's own file is the lock, so none is left behind.
+# Two set-ups at once would write to the same folder. The lock is this script's own file, so none is left behind.
 if command -v flock >/dev/null; then
     exec 9<scripts/setup.sh
     flock -n 9 || { echo "Waiting for another set-up of this folder ..."; flock 9; }
@@ -48,11 +48,11 @@ and Ubuntu: apt install python3 python3-venv), or give one: PYTHON=/path/to/pyth
 fi
 is_supported .venv/bin/python || fail ".venv has no working Python 3.11-3.13; move .venv away and run this again"
 
-# --- Requirements. The copy is written last: an interrupted installation is taken up again.
+# --- Requirements. The copy is written last, so that an interrupted installation is repeated.
 wanted=$(cat requirements.txt pyproject.toml)
 if [ "$wanted" != "$(cat .venv/installed-requirements.txt 2>/dev/null)" ]; then
     echo "Installing requirements.txt (PyTorch among them: a few GB, some minutes)"
-    # pip is missing where another tool made .venv, or where the making was interrupted.
+    # pip is missing if another tool made .venv, or if making it was interrupted.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
     .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check -r requirements.txt |
         while read -r what name _; do

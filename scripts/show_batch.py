@@ -49,7 +49,9 @@ def run(config: Config, options: ShowBatchOptions) -> int:
         labels = open_token_labels(config, splits, learner.grid)
         loader = make_train_loader(config, splits.train, world, layout, labels)
         if not 0 <= options.step < loader.steps_per_epoch:
-            raise UsageError(f"--step is {options.step}; an epoch has steps 0 ... {loader.steps_per_epoch - 1}")
+            raise UsageError(
+                f"--step is {options.step}; it should be 0 ... {loader.steps_per_epoch - 1}, the steps of an epoch"
+            )
     png = batch_picture(learner, loader, splits.classes, options.epoch, options.step, options.num_images)
     if png is None:
         raise ValueError("all images of this step are unreadable; try another --step")

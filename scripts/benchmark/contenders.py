@@ -49,7 +49,7 @@ def find_images(folder: str, most: int) -> ImageRecords:
         if has_image_suffix(name)
     )
     if not names:
-        raise ValueError(f"--images is {folder}, which has no image in it")
+        raise ValueError(f"--images is {folder}, which holds no images")
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)]
     source = FolderSource(folder, PackedNames.of([name.replace(os.sep, "/") for name in names]))
     labels = np.zeros(len(names), dtype=np.int64)
@@ -58,12 +58,12 @@ def find_images(folder: str, most: int) -> ImageRecords:
 
 @dataclass
 class LoaderBench:
-    """The images, their labels and the contenders.
+    """The images, their labels, and the loaders to compare.
 
     Args:
         records: The images.
-        options: Of the command line.
-        folder: Scratch folder, for the labels.
+        options: The command line.
+        folder: Temporary folder for the labels.
     """
 
     records: ImageRecords
@@ -156,7 +156,7 @@ class LoaderBench:
 
 
 def drawn_again(dataset: ImageDataset, index: int):
-    """Return a sample, drawn again if Pillow refuses the draw: one in a thousand is to posterize to 0 bits."""
+    """Return a sample, drawn again if Pillow refuses it: one draw in a thousand posterizes to 0 bits."""
     try:
         return dataset[index]
     except ValueError:
@@ -206,8 +206,8 @@ def row(what: str, who: str, seconds: list[float], ours: list[float]) -> dict:
     return {
         "what": what,
         "who": who,
-        "images/s a core": round(median(rates), 1),
+        "images/s per core": round(median(rates), 1),
         "quartiles": f"{low:.1f} - {high:.1f}",
-        "ms an image": round(1000 * median(seconds), 3),
+        "ms per image": round(1000 * median(seconds), 3),
         "time of ours": round(median(a / b for a, b in zip(seconds, ours, strict=True)), 2),
     }

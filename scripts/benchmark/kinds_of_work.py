@@ -1,4 +1,4 @@
-"""Where the time of a pass goes, by kind of work: the sum of torch.profiler's own time of each operator."""
+"""The time of a pass by kind of work: sums of the self time of each operator in torch.profiler."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def kind_of(operator: str) -> str:
 
 
 def profiled(step: Callable[[], object], device: str) -> dict[str, float]:
-    """Return the milliseconds of each kind of work in one ``step``, and those of the "wall clock".
+    """Return the milliseconds of each kind of work in one ``step``, and of the "wall clock".
 
     On CUDA they are the time of the kernels; on the CPU the time of each operator without the operators it calls.
     """

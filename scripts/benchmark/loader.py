@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure the images per second of one core, side by side with the loaders that this one replaces.
+"""Measure the images per second of one core, side by side with the loaders that this package replaces.
 
     python scripts/benchmark/loader.py --images imagenet/val
 
 The contenders run in this process on one thread, in turn over the same few images, so that whatever slows the machine
-slows all of them; a ratio is the median of the rounds' own ratios. The clock counts the time of the core: waiting for a
-busy machine or a slow disk is left out, except in the table by number of workers, which has wall-clock time. What is
-timed ends with a uint8 batch on the host: normalisation and erasing follow on the device, as with timm's loader.
+slows all of them; a ratio is the median of the rounds' own ratios. The clock counts CPU time, without waiting for a
+busy machine or a slow disk, except in the table by number of workers, which has wall-clock time. Timing ends with a
+uint8 batch on the host: normalisation and erasing follow on the device, as with timm's loader.
 
 - ours: the batches of a training run; order published with labels from a packed store, order timm without labels.
 - ours, Pillow: the same with augment.backend pillow.
@@ -31,14 +31,14 @@ class LoaderBenchmarkOptions:
 
     Args:
         images: Any folder of images, sorted into classes or not.
-        num_images: How many of them are read.
+        num_images: Number of images to read.
         img_size: Side of the output in pixels.
         batch_size: Images per batch.
         rounds: Number of times that each contender loads the images.
         workers: Numbers of workers to try, as [1,2,4]; by default 1, 2, 4 ... cores.
         geometry: As token_label.geometry of the training.
-        target: Images per second to feed; the result says how many cores that takes.
-        json: File to write the result to as well.
+        target: Images per second needed; the result says how many cores that takes.
+        json: File to write the result to, too.
     """
 
     images: str
@@ -88,7 +88,7 @@ def run_loader_benchmark(options: LoaderBenchmarkOptions) -> int:
 
 
 def cores_line(row: dict, target: float) -> str:
-    rate = row["images/s a core"]
+    rate = row["images/s per core"]
     return f"{row['what']}: {target:,.0f} images/s would take {target / rate:.0f} cores like this one"
 
 
@@ -101,7 +101,7 @@ if __name__ == "__main__":
         description=__doc__.splitlines()[0],
     )
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Slow imports come after the options are known to be valid.
     from volo.runtime.program import finish
 
     finish(lambda: run_loader_benchmark(options))

@@ -1,4 +1,4 @@
-"""The loader of a training run by itself: the time of its parts, and its speed by the number of workers."""
+"""The loader of a training run: the time of its parts, and its speed by number of workers."""
 
 import time
 from statistics import median
@@ -46,7 +46,7 @@ def stages(bench: LoaderBench) -> list[dict]:
         for stage, value in times.items():
             spent.setdefault(stage, []).append(value / len(bench.records))
     return [
-        {"what": "token-label recipe, ours", "stage": stage, "ms an image": round(1000 * median(values[1:]), 3)}
+        {"what": "token-label recipe, ours", "stage": stage, "ms per image": round(1000 * median(values[1:]), 3)}
         for stage, values in spent.items()
     ]
 
@@ -67,7 +67,7 @@ def by_workers(bench: LoaderBench) -> list[dict]:
             workers=workers,
             sidecar=bench.source,
         )
-        for _ in loader.epoch(0):  # starts the workers, and brings the files into memory
+        for _ in loader.epoch(0):  # starts the workers and caches the files
             pass
         rates = [_rate(loader, epoch) for epoch in range(1, bench.options.rounds + 1)]
         rows.append({"what": "token-label recipe, ours", "workers": workers, "images/s": round(median(rates), 1)})

@@ -178,7 +178,7 @@ def memory(bench: ModelBench) -> tuple[list[dict], list[str]]:
     networks = {f"ours, recompute {mode}": bench.ours(recompute=mode) for mode in get_args(Recompute)}
     networks |= {TIMM: TrainForward(bench.timm()), VIT: bench.timm(VIT_NAME)}
     return [
-        {"what": "kept for backward", "who": name, "MB an image": bench.kept_mb(network, bench.images)}
+        {"what": "kept for backward", "who": name, "MB per image": bench.kept_mb(network, bench.images)}
         for name, network in networks.items()
     ], []
 
@@ -196,8 +196,8 @@ def growth(bench: ModelBench) -> tuple[list[dict], list[str]]:
         }
         times = {what: statistics.median(seconds) for what, seconds in bench.time(steps).items()}
         row = {"image side": side, "batch": batch}
-        row |= {f"{what}, ms an image": round(1000 * time / batch, 1) for what, time in times.items()}
-        row |= {f"{mode}, MB an image": bench.kept_mb(bench.ours(side, mode), images) for mode in RECOMPUTED}
+        row |= {f"{what}, ms per image": round(1000 * time / batch, 1) for what, time in times.items()}
+        row |= {f"{mode}, MB per image": bench.kept_mb(bench.ours(side, mode), images) for mode in RECOMPUTED}
         rows.append(row)
     return rows, []
 
@@ -209,7 +209,7 @@ def fit(bench: ModelBench) -> tuple[list[dict], list[str]]:
         row, side = {"network": network.key}, network.resolution
         for mode in RECOMPUTED:
             mb = bench.kept_mb(bench.ours(side, mode, network.name), bench.noise(side))
-            row |= {f"{mode}, MB an image": mb, f"{mode}, batch": counting.batches(mb * 1e6, network.params)}
+            row |= {f"{mode}, MB per image": mb, f"{mode}, batch": counting.batches(mb * 1e6, network.params)}
         rows.append(row)
     return rows, [" ".join((counting.__doc__ or "").split())]
 

@@ -1,6 +1,6 @@
-"""Memory is counted, not run: the bytes that autograd keeps between forward and backward, each storage once, plus 20
-bytes per parameter, 16 for its weight, gradient and AdamW's two averages and 4 for its average (EMA). The batches are
-for GPUs of 24 / 40 / 80 GB, 2 GB of which are left for work space and data.
+"""Memory is counted rather than measured: the bytes that autograd keeps between forward and backward, each storage
+once, plus 20 bytes per parameter, 16 for its weight, gradient and AdamW's two averages and 4 for its average (EMA). The
+batches are for GPUs of 24 / 40 / 80 GB, 2 GB of which are left for work space and data.
 """
 
 import math

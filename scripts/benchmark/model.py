@@ -9,10 +9,9 @@
     python scripts/benchmark/model.py --measure growth     time and memory against resolution and batch size
     python scripts/benchmark/model.py --measure fit        the largest batch on 24, 40 and 80 GB, per model
 
-Every round times each contender once, one right after the other. A ratio is the median of the rounds' own ratios, so
-whatever slows the machine for a while slows both sides of it. A ratio above 1 means that ours is faster. "products
-alone" is the time of the same network's matrix products and convolutions and nothing else, which no kernel of ours
-can shorten.
+Every round times each contender once, one after the other. A ratio is the median of the rounds' own ratios, so
+whatever slows the machine for a while slows both sides. A ratio above 1 means that ours is faster. "products
+alone" is the time of only the network's matrix products and convolutions, which no kernel of this package can shorten.
 """
 
 import sys
@@ -38,7 +37,7 @@ class ModelBenchmarkOptions:
         threads: CPU threads; by default PyTorch's.
         rounds: Number of times that each contender is timed.
         eager_only: Leave out the compiled networks, which take a minute or more.
-        json: File to write the result to as well.
+        json: File to write the result to, too.
     """
 
     measure: Literal["op", "inference", "train", "profile", "memory", "growth", "fit"]
@@ -69,7 +68,7 @@ if __name__ == "__main__":
         description=__doc__.splitlines()[0],
     )
 
-    # What takes seconds to import comes after the options are known to be right.
+    # Slow imports come after the options are known to be valid.
     from measures import run_benchmark
 
     from volo.runtime.program import finish

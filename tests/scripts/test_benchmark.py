@@ -61,7 +61,7 @@ def test_whole_steps_beside_timm(tmp_path):
 
 
 def test_memory_counts_what_each_keeps(tmp_path):
-    kept = {row["who"]: row["MB an image"] for row in measured(tmp_path, "memory")}
+    kept = {row["who"]: row["MB per image"] for row in measured(tmp_path, "memory")}
     # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.
     assert kept["ours, recompute cheap"] == pytest.approx(57.0, abs=0.5)
     assert kept["ViT-S (timm)"] == pytest.approx(58.8, abs=0.3)
@@ -102,7 +102,7 @@ def test_loader_times_every_contender(tmp_path, make_photographs):
         *(("token-label recipe", who) for who in ("ours", "ours, Pillow", "published way")),
         *((what, who) for what in ("no labels", "evaluation") for who in ("ours", "ours, Pillow", "timm")),
     }
-    assert all(row["images/s a core"] > 0 and row["time of ours"] > 0 for row in compared)
+    assert all(row["images/s per core"] > 0 and row["time of ours"] > 0 for row in compared)
     assert [row["workers"] for row in result["rows"] if "workers" in row] == [0, 1]
     stages = [row["stage"] for row in result["rows"] if "stage" in row]
     assert stages == ["read", "header", "draw", "decode and pixels", "labels", "collate"]

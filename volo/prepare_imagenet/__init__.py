@@ -1,1 +1,1 @@
-"""From the official files of ILSVRC2012 to what training reads: what scripts/prepare_imagenet.py does."""
+"""Preparing the official files of ILSVRC2012 for training (scripts/prepare_imagenet.py)."""

@@ -1,9 +1,9 @@
-"""WebDataset shards of smaller images, for slow storage, and what making them smaller changes.
+"""WebDataset shards of smaller images, for slow storage, and a report of what resizing changes.
 
-OUTPUT/train/train-000000.tar, ...: KEY.jpg and KEY.cls, the key being class/name. Images are drawn into shards from a
-fixed seed, so that a reader which takes shard after shard sees mixed classes. Images whose longer side exceeds max_side
-are resized to it and encoded again; all others, and unreadable ones, stay as they are, byte for byte. A shard gets its
-name when it is complete, so an interrupted run resumes with the next one.
+OUTPUT/train/train-000000.tar, ...: KEY.jpg and KEY.cls, the key being class/name. Images are distributed over the
+shards at random, from a fixed seed, so that a reader of one shard after another sees mixed classes. Images whose longer
+side exceeds max_side are resized to it and encoded again; all others, and unreadable ones, stay as they are, byte for
+byte. A shard gets its name when it is complete, so an interrupted run resumes with the next one.
 """
 
 import io
@@ -110,7 +110,7 @@ def identity(splits: dict[str, ImageRecords], options: ShardOptions) -> dict:
 
 
 def require_same(path: Path, about: dict) -> None:
-    """Raise ValueError if ``path`` says that the shards beside it were made of other images, or with other options."""
+    """Raise ValueError if, according to ``path``, the shards beside it have other images or other options."""
     try:
         before = json.loads(path.read_text())
     except FileNotFoundError:

@@ -51,9 +51,9 @@ def require_only_classes(folder: Path, records: ImageRecords) -> None:
 
 
 def unpack(records: ImageRecords, folder: Path) -> None:
-    """Write the images into ``folder``; classes that are there, with as many files, are kept.
+    """Write the images into ``folder``, except for classes that are complete already.
 
-    Raises ValueError if a class folder has another number of files.
+    Raises ValueError if an existing class folder has another number of files.
     """
     bar = ProgressBar(len(records), f"unpacking {folder}", log_every=max(len(records) // 20, 1))
     for label, name in enumerate(records.classes):
@@ -81,7 +81,7 @@ def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, comp
     paths = [partial / os.path.basename(records.name(index)) for index in indices.tolist()]
     if len(set(paths)) != len(paths):
         raise ValueError(f"images of {complete.name} have the same name, so one folder cannot hold them")
-    with ThreadPoolExecutor(_THREADS) as pool:  # one after the other would wait for the disk each time
+    with ThreadPoolExecutor(_THREADS) as pool:  # a single thread would wait for the disk after every file
         for begin in range(0, len(paths), 4 * _THREADS):  # the contents of one round are in memory at once
             some = slice(begin, begin + 4 * _THREADS)
             list(pool.map(_write, paths[some], map(records.read, indices[some].tolist())))

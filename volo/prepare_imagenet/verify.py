@@ -47,7 +47,7 @@ def md5_of(path: Path) -> str:
 
 
 class _ReportingFile(io.FileIO):
-    """A file that reports every read to a bar; file_digest calls ``readinto``, which tqdm's own wrapper has not."""
+    """A file that reports reads to a bar; file_digest calls ``readinto``, which tqdm's own wrapper lacks."""
 
     def __init__(self, path: Path, bar: ProgressBar):
         super().__init__(path)
