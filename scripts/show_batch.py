@@ -39,6 +39,7 @@ def run(config: Config, options: ShowBatchOptions) -> int:
     from volo.engine.learner import Learner
     from volo.engine.preview import batch_picture
     from volo.runtime.distributed import World
+    from volo.runtime.files import write_atomic
     from volo.runtime.program import DONE, UsageError, checking_usage
 
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -55,7 +56,7 @@ def run(config: Config, options: ShowBatchOptions) -> int:
     png = batch_picture(learner, loader, splits.classes, options.epoch, options.step, options.num_images)
     if png is None:
         raise ValueError("all images of this step are unreadable; try another --step")
-    Path(options.output).write_bytes(png)
+    write_atomic(Path(options.output), png)
     print(f"{options.output}: epoch {options.epoch}, step {options.step}")
     return DONE
 

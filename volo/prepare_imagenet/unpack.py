@@ -16,7 +16,7 @@ from volo.data.sources.records import ImageRecords
 from volo.prepare_imagenet.official import check_counts, open_splits
 from volo.prepare_imagenet.options import UnpackOptions
 from volo.reporting import ProgressBar
-from volo.runtime.files import sync_folder
+from volo.runtime.files import rename_folder
 from volo.runtime.program import DONE, checking_usage
 
 _THREADS = 16
@@ -85,13 +85,11 @@ def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, comp
         for begin in range(0, len(paths), 4 * _THREADS):  # the contents of one round are in memory at once
             some = slice(begin, begin + 4 * _THREADS)
             list(pool.map(_write, paths[some], map(records.read, indices[some].tolist())))
-    sync_folder(partial)
-    os.replace(partial, complete)
-    sync_folder(complete.parent)
+    rename_folder(partial, complete)
 
 
 def _write(path: Path, content: bytes) -> None:
-    # Without the renaming of runtime/files.py: here the folder is renamed, once for all of its files.
+    """Write a file of a folder that is still partial, and bring it to disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

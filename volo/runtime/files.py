@@ -72,6 +72,13 @@ def link_atomic(path: Path, name: Path) -> None:
     sync_folder(name.parent)
 
 
+def rename_folder(partial: Path, path: Path) -> None:
+    """Give a folder its final name, durably, once all files below it are on disk; an empty ``path`` is replaced."""
+    sync_folder(partial)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed writers in ``folder``; no process may be writing there."""
     for leftover in folder.glob(".*.tmp"):

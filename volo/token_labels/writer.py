@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.runtime.files import sync_folder
+from volo.runtime.files import rename_folder
 from volo.token_labels.store import (
     COVERS,
     ENTRY,
@@ -194,11 +194,9 @@ class StoreWriter:
         raise ValueError(problem)
 
     def _publish(self) -> None:
-        sync_folder(self._partial)
         if self.path.exists():
             os.rename(self.path, self._replaced)
-        os.rename(self._partial, self.path)
-        sync_folder(self.path.parent)
+        rename_folder(self._partial, self.path)
         os.close(self._lock)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)

@@ -15,7 +15,7 @@ import torch
 
 from volo.data.sources.records import ImageRecords
 from volo.reporting import ProgressBar
-from volo.runtime.files import sync_folder
+from volo.runtime.files import rename_folder
 from volo.runtime.signals import StopRequest
 from volo.token_labels.generation.label_blocks import BlockFolder
 from volo.token_labels.generation.options import GenerateOptions
@@ -135,5 +135,4 @@ def write_published(
         shutil.rmtree(partial)
         raise
     os.sync()  # once, rather than for each of a million files
-    os.replace(partial, output)
-    sync_folder(output.parent)
+    rename_folder(partial, output)

@@ -24,6 +24,7 @@ from volo.models import read_checkpoint
 from volo.reporting import ProgressBar, setup_logging
 from volo.runtime import distributed
 from volo.runtime.distributed import World, worker_count
+from volo.runtime.files import write_atomic
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
 from volo.runtime.signals import StopRequest
@@ -240,7 +241,7 @@ def closing_words(options: GenerateOptions, totals: Totals) -> str:
     lines = [f"labels of {totals.images:,} images: {options.output}"]
     if totals.skipped:
         listed = Path(f"{options.output}.skipped.txt")
-        listed.write_text("\n".join(totals.skipped) + "\n", encoding="utf-8", errors="surrogateescape")
+        write_atomic(listed, ("\n".join(totals.skipped) + "\n").encode(errors="surrogateescape"))
         lines.append(f"{len(totals.skipped):,} images are unreadable and have no label (full list: {listed}):")
         lines += [f"  {reason}" for reason in totals.skipped[:10]]
     shares = [
