@@ -70,7 +70,7 @@ FOLDERS = {
     "no data folder": (lambda root: shutil.rmtree(root), ("data.root is", "images", "not a folder")),
     "empty data folder": (lambda root: emptied(root), ("data.train_split is 'train'", "holds nothing")),
     "no training folder": (lambda root: shutil.rmtree(root / "train"), ("data.train_split is 'train'", "it holds val")),
-    "empty training folder": (lambda root: emptied(root / "train"), ("train holds no class", "at least two")),
+    "empty training folder": (lambda root: emptied(root / "train"), ("train has no class", "at least two")),
     "no validation folder": (lambda root: shutil.rmtree(root / "val"), ("data.val_split", '"none"', "it holds train")),
     "empty validation folder": (lambda root: emptied(root / "val"), ("val has no class folders",)),
     "class folders without images": (
@@ -91,7 +91,7 @@ FOLDERS = {
     ),
     "images outside the class folders": (
         lambda root: shutil.copy(root / "val/disc/disc_00.jpg", root / "val/loose.jpg"),
-        ("loose.jpg", "outside any class folder"),
+        ("loose.jpg", "data.val_labels"),
     ),
     "fewer images than a batch": (
         lambda root: [path.unlink() for path in (root / "train").glob("*/*_0[1-5].jpg")],

@@ -105,7 +105,7 @@ def test_loader_times_every_contender(tmp_path, make_photographs):
     assert all(row["images/s per core"] > 0 and row["time of ours"] > 0 for row in compared)
     assert [row["workers"] for row in result["rows"] if "workers" in row] == [0, 1]
     stages = [row["stage"] for row in result["rows"] if "stage" in row]
-    assert stages == ["read", "header", "draw", "decode and pixels", "labels", "collate"]
+    assert stages == ["read", "header", "draw", "decode", "apply", "labels", "collate"]
     assert len(result["notes"]) == 3 and "100 images/s would take" in result["notes"][0]
 
 

@@ -1,7 +1,8 @@
-"""Archives over time: an index is kept as long as it holds, and what is read is what was indexed."""
+"""Archives that change: the cached index is used only as long as it holds, and changed archives are not read."""
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import formats
@@ -12,7 +13,7 @@ from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources import archive_index, ranges
 from volo.data.sources.archives import ArchiveSplit
 from volo.data.sources.listing_cache import ListingCache
-from volo.data.sources.ranges import RangeReader, stamp
+from volo.data.sources.ranges import RangeReader, fingerprint
 from volo.data.sources.records import ImageRecords
 
 CLASSES = ("a", "b")
@@ -23,11 +24,11 @@ def records(path: Path) -> ImageRecords:
     return ArchiveSplit([str(path)], "here").records(CLASSES)
 
 
-def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
+def test_an_index_is_cached_until_an_archive_changes(tmp_path, monkeypatch):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
-    gone_through = []
-    plain = archive_index._go_through
-    monkeypatch.setattr(archive_index, "_go_through", lambda *words: gone_through.append(words) or plain(*words))
+    indexed = []
+    plain = archive_index._index_one
+    monkeypatch.setattr(archive_index, "_index_one", lambda *words: indexed.append(words) or plain(*words))
 
     def names() -> list[str]:
         split = ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache"))
@@ -38,59 +39,59 @@ def test_an_index_is_kept_until_an_archive_changes(tmp_path, monkeypatch):
 
     files = FILES
     formats.settle(path)
-    assert names() == names() == list(FILES) and len(gone_through) == 1
+    assert names() == names() == list(FILES) and len(indexed) == 1
     files = {**FILES, "b/z.jpg": b"new"}
     formats.write_tar(path, files)
     formats.settle(path)
-    assert names() == names() == [*FILES, "b/z.jpg"] and len(gone_through) == 2
+    assert names() == names() == [*FILES, "b/z.jpg"] and len(indexed) == 2
 
 
-def test_copies_of_other_times_have_an_index_each(tmp_path, monkeypatch):
-    """Machines with copies of their own may share a cache folder: none makes the others index anew."""
+def test_copies_with_other_times_are_cached_separately(tmp_path, monkeypatch):
+    """Machines with copies of their own may share a cache folder without making each other index again."""
     path, count = formats.write_tar(tmp_path / "all.tar", FILES), []
-    plain = archive_index._go_through
-    monkeypatch.setattr(archive_index, "_go_through", lambda *words: count.append(words) or plain(*words))
+    plain = archive_index._index_one
+    monkeypatch.setattr(archive_index, "_index_one", lambda *words: count.append(words) or plain(*words))
     for made, hours in enumerate([1, 2, 1, 2, 1, 3], 1):
         os.utime(path, (1.7e9 + 3600 * hours,) * 2)
         ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
         assert len(count) == (made if made <= 2 else 2 + (hours == 3))
     for kept in (tmp_path / "cache").iterdir():
-        formats.settle(kept, hours=24 * 31)  # no run has looked at them for a month
+        formats.settle(kept, hours=24 * 31)  # unused for a month
     os.utime(path, (1.7e9,) * 2)
     ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_clock_that_is_ahead_is_told(tmp_path, caplog):
+def test_a_time_in_the_future_is_reported(tmp_path, caplog):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     formats.settle(path, hours=-1)
     with caplog.at_level("WARNING", "volo"):
         ArchiveSplit([str(path)], "here", listing_cache=ListingCache(tmp_path / "cache")).records(CLASSES)
-    assert "from now, by the clock of its file system" in caplog.text
+    assert re.search(r"36\d\d s", caplog.text) and not (tmp_path / "cache").exists()
 
 
-def test_on_another_machine_a_copy_of_another_time_is_read(tmp_path):
+def test_a_copy_with_another_time_is_read_on_another_machine(tmp_path):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     sent = pickle.dumps(records(path))
-    formats.settle(path)  # the copy that the other machine has
+    formats.settle(path)  # stands for the copy on the other machine
     there = pickle.loads(sent)
     assert [there.read(i) for i in range(3)] == list(FILES.values())
     for change in (lambda: formats.settle(path), lambda: path.write_bytes(path.read_bytes() + bytes(512))):
         there = pickle.loads(sent)
-        change()  # under the run
-        with pytest.raises(UnreadableImage, match="the archive has changed since it was indexed"):
+        change()
+        with pytest.raises(UnreadableImage, match="changed since it was indexed"):
             there.read(0)
-    with pytest.raises(UnreadableImage, match=r"or is no whole copy here: 10,752 bytes, not 10,240"):
+    with pytest.raises(UnreadableImage, match="10,752 .*10,240"):
         pickle.loads(sent).read(0)
 
 
-def test_an_archive_that_changes_under_a_run_is_noticed(tmp_path):
+def test_an_archive_that_changes_during_a_run_is_an_error(tmp_path):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     found = records(path)
     formats.write_tar(path, dict(reversed(FILES.items())))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
-        with pytest.raises(UnreadableImage, match="all.tar: b/x.jpg: the archive has changed since it was indexed"):
+        with pytest.raises(UnreadableImage, match="all.tar: b/x.jpg: .*changed since it was indexed"):
             found.read(2)
     assert len(os.listdir("/proc/self/fd")) == before
     found = records(path)
@@ -99,24 +100,24 @@ def test_an_archive_that_changes_under_a_run_is_noticed(tmp_path):
         found.read(0)
 
 
-def test_few_files_are_open_however_many_there_are(tmp_path, monkeypatch):
+def test_the_number_of_open_files_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(ranges, "_OPEN_FILES", 3)
     paths = [tmp_path / str(i) for i in range(10)]
     for i, path in enumerate(paths):
         path.write_bytes(bytes([i]) * 10)
-    reader = RangeReader([str(path) for path in paths], [stamp(str(path)) for path in paths])
+    reader = RangeReader([str(path) for path in paths], [fingerprint(str(path)) for path in paths])
     before = len(os.listdir("/proc/self/fd"))
     for i in np.random.default_rng(0).integers(10, size=100).tolist():
         assert reader.read(i, 3, 4) == bytes([i]) * 4
         assert len(os.listdir("/proc/self/fd")) <= before + 3
-    with pytest.raises(OSError, match="5 of 6 bytes came"):
+    with pytest.raises(OSError, match="5 of 6 bytes"):
         reader.read(0, 5, 6)
 
 
 def test_a_forked_process_opens_its_own_files(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"0123456789")
-    reader = RangeReader([str(path)], [stamp(str(path))])
+    reader = RangeReader([str(path)], [fingerprint(str(path))])
     reader.read(0, 0, 1)
     ours = set(reader._open.values())
     read, write = os.pipe()
@@ -129,7 +130,7 @@ def test_a_forked_process_opens_its_own_files(tmp_path):
     os.close(read), os.close(write)
 
 
-def test_a_server_that_stumbles_is_asked_again(monkeypatch):
+def test_reading_from_a_server_is_retried(monkeypatch):
     answers = [TimeoutError("slow"), RuntimeError("no\nsuch hierarchy"), b"123"]
     waits = []
 
@@ -150,7 +151,7 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch):
         reader.read(0, 5, 3)
     assert len(answers) == 5
     answers[:] = [b"whole file, as from a server without ranges"]
-    with pytest.raises(OSError, match="the server gives no ranges"):
+    with pytest.raises(OSError, match="43 of 3 bytes"):
         reader.read(0, 5, 3)
     answers[:] = [FileNotFoundError(2, "No such file or directory")]
     with pytest.raises(FileNotFoundError):
@@ -158,7 +159,7 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch):
 
 
 @pytest.mark.parametrize("tag", ["ETag", "Last-Modified", "Content-MD5", "Digest", "updated", None])
-def test_an_index_of_a_url_is_kept_where_a_change_can_be_seen(tmp_path, monkeypatch, tag):
+def test_an_index_of_a_url_is_cached_if_changes_can_be_detected(tmp_path, monkeypatch, tag):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     info = {"size": path.stat().st_size, "type": "file", **({tag: "one"} if tag else {})}
 

@@ -1,4 +1,4 @@
-"""Archives that are not as they should be: an error with a name before the first step, or a note in the counts."""
+"""Archives, patterns, labels: which images they give, and an error with a name for everything else."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from volo.config import DataConfig
 from volo.data.sources.archives import ArchiveSplit
 from volo.data.sources.formats import open_split
 from volo.data.sources.label_files import LabelsOption
-from volo.data.sources.ranges import stamp
+from volo.data.sources.ranges import fingerprint
 from volo.data.sources.records import class_names, imagenet_classes
 from volo.token_labels.store import label_key
 
@@ -35,32 +35,32 @@ def test_a_tar_of_class_folders(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [*range(0, 3584, 512), 700, 1535])
-def test_an_archive_that_was_cut_short_is_named(tmp_path, keep):
-    """Also between two members, where tarfile would take it for the end."""
+def test_a_truncated_archive_is_named(tmp_path, keep):
+    """Also if it is cut between two members, which tarfile takes for the end."""
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=f"{tmp_path}/all.tar (is|cannot)"):
         records(path)
 
 
-@pytest.mark.parametrize("place", [0, 1536, 2048])
-def test_a_damaged_header_is_not_the_end(tmp_path, place):
+@pytest.mark.parametrize("at", [0, 1536, 2048])
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, at):
     path = formats.write_tar(tmp_path / "all.tar", FILES)
     content = bytearray(path.read_bytes())
-    content[place : place + 8] = b"\xffdamaged"
+    content[at : at + 8] = b"\xffdamaged"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="all.tar is (no tar archive|damaged)"):
+    with pytest.raises(ValueError, match="all.tar is (not a tar archive|damaged)"):
         records(path)
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_what_comes_behind_the_end_mark_is_never_lost(tmp_path, inner):
-    """A part that was overwritten by zeros, archives joined as files are; padding of any length is none of it."""
+def test_data_after_the_end_mark_is_never_lost(tmp_path, inner):
+    """An archive overwritten with zeros in part, and archives joined with cat; padding of any length is allowed."""
     content = formats.write_tar(tmp_path / "all.tar", FILES).read_bytes()
     assert len(content) == 10240
 
     def found(content: bytes) -> list[str]:
-        if inner:  # with another behind it, which is not its own
+        if inner:  # followed by another one
             outer = formats.write_tar(tmp_path / "all.tar", {"a.tar": content, "b.tar": another})
             return [name for name in records(outer).names if name.startswith("a/")]
         (tmp_path / "all.tar").write_bytes(content)
@@ -69,16 +69,13 @@ def test_what_comes_behind_the_end_mark_is_never_lost(tmp_path, inner):
     another = formats.tar_bytes(tmp_path, {"z.jpg": b"z"})
     for padding in (b"", bytes(512), bytes(3 << 20)):
         assert len(found(content + padding)) == 3
-    with pytest.raises(ValueError, match="all.tar.* goes on at byte [0-9,]+, behind.*copy it again"):
-        found(content[:1536] + bytes(512) + content[2048:])
-    with pytest.raises(ValueError, match="all.tar.* goes on at byte .*tar --concatenate"):
-        found(content + content)
-    with pytest.raises(ValueError, match="all.tar.* goes on at byte"):
-        found(content + bytes(2 << 20) + b"?")
+    for continued in (content[:1536] + bytes(512) + content[2048:], content + content, content + bytes(2 << 20) + b"?"):
+        with pytest.raises(ValueError, match="all.tar.* at byte [0-9,]+: .*tar --concatenate"):
+            found(continued)
 
 
-def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
-    """What comes behind it is the next class, not more of this one."""
+def test_an_inner_archive_without_end_mark_ends_with_its_size(tmp_path):
+    """The next class follows it directly."""
     inner = {one: formats.tar_bytes(tmp_path, {f"{one}_1.jpg": b"1", f"{one}_2.jpg": b"2"})[:2048] for one in CLASSES}
     path = formats.write_tar(tmp_path / "all.tar", {f"{one}.tar": content for one, content in inner.items()})
     found = records(path)
@@ -86,19 +83,19 @@ def test_an_inner_archive_without_end_mark_stays_inside_its_bounds(tmp_path):
     assert [found.read(i) for i in range(4)] == [b"1", b"2"] * 2 and found.ignored == 0
 
 
-def test_what_is_no_archive_is_named(tmp_path):
+def test_files_that_are_not_archives_are_named(tmp_path):
     (tmp_path / "page.tar").write_text("<html>404</html>" * 99)
     with tarfile.open(tmp_path / "small.tar", "w:gz"):
         pass
     for name in ("page.tar", "small.tar"):
-        with pytest.raises(ValueError, match=f"{name} is no tar archive, or a compressed one"):
+        with pytest.raises(ValueError, match=f"{name} is not a tar archive"):
             records(tmp_path / name)
     with pytest.raises(ValueError, match="none.tar cannot be read: No such file or directory"):
         records(tmp_path / "none.tar")
 
 
 def test_a_name_that_an_archive_holds_twice_is_refused(tmp_path):
-    """As tar -r makes them; the same name in another archive is another image."""
+    """tar -r makes such archives; the same name in another archive is another image."""
     path, other = formats.write_tar(tmp_path / "all.tar", FILES), formats.write_tar(tmp_path / "other.tar", FILES)
     assert list(records(path, other).names) == sorted([*FILES, *FILES])
     formats.write_tar(path, {"./a/x.jpg": b"newer"}, "a")
@@ -112,29 +109,29 @@ def test_links_in_archives_are_refused(tmp_path):
     os.link(tmp_path / "a/x.jpg", tmp_path / "a/y.jpg")
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(tmp_path / "a", "a")
-    with pytest.raises(ValueError, match="a/[xy].jpg is a link to another file; .*--hard-dereference"):
+    with pytest.raises(ValueError, match="a/[xy].jpg is a link .*--hard-dereference"):
         records(tmp_path / "all.tar")
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
-        ({"c/x.jpg": b""}, "1 of 1 folders of here are not among the 2 classes .*: c"),
-        ({"x.jpg": b"", "a/x.jpg": b""}, "1 of 2 images of here lie in no class folder .*data.train_labels.*: x.jpg"),
-        ({"x.jpg": b"", "x.cls": b"0", "y.jpg": b""}, "1 of 2 images of here have no .cls .*: y.jpg"),
-        ({"x.jpg": b"", "x.cls": b"2"}, ".cls files: labels that are neither class names .* below 2: 2"),
-        ({"x.jpg": b"", "x.png": b"", "x.cls": b"0"}, "x.jpg and x.png are images of the same sample"),
-        ({"b/x.jpg": b"", "b/x.cls": b"0"}, "b/x.jpg has '0', which is 'a'. Point data.class_list"),
+        ({"c/x.jpg": b""}, "1 of 1 folders of here .*2 classes .*: c"),
+        ({"x.jpg": b"", "a/x.jpg": b""}, "1 of 2 images of here .*data.train_labels.*: x.jpg"),
+        ({"x.jpg": b"", "x.cls": b"0", "y.jpg": b""}, "1 of 2 images of here .*[.]cls.*: y.jpg"),
+        ({"x.jpg": b"", "x.cls": b"2"}, ".cls files: labels .* below 2: 2"),
+        ({"x.jpg": b"", "x.png": b"", "x.cls": b"0"}, "x.jpg and x.png"),
+        ({"b/x.jpg": b"", "b/x.cls": b"0"}, "b/x.jpg has '0', which is 'a'. .*data.class_list"),
         ({"notes.txt": b""}, "here has no image"),
     ],
 )
-def test_images_without_a_class_are_named(tmp_path, files, told):
-    with pytest.raises(ValueError, match=told):
+def test_images_without_a_class_are_named(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
         records(formats.write_tar(tmp_path / "all.tar", files))
 
 
-def test_samples_of_shards(tmp_path):
-    """Class names or numbers, other files of a sample, a class without an image."""
+def test_webdataset_samples(tmp_path):
+    """Classes by name or number, other files of a sample, a class without an image."""
     first = formats.write_tar(
         tmp_path / "0.tar", {"2.jpg": b"2", "2.cls": b"b\n", "2.mask.png": b"?", "2.json": b"{}", "9.cls": b"a"}
     )
@@ -145,8 +142,8 @@ def test_samples_of_shards(tmp_path):
     assert found.ignored == 3  # mask, json, and the class without an image
 
 
-def test_classes_with_numbers_for_names_are_matched_by_name(tmp_path):
-    """A class that no training image has moves those behind it, so a number is not an index among them."""
+def test_numeric_class_names_are_matched_by_name(tmp_path):
+    """If class 3 has no training image, the index of class 4 is 3: numbers must not be taken for indices."""
 
     def shard(name: str, *numbers: bytes) -> Path:
         files = {f"{i}.{end}": data for i, n in enumerate(numbers) for end, data in (("jpg", b""), ("cls", n))}
@@ -158,15 +155,15 @@ def test_classes_with_numbers_for_names_are_matched_by_name(tmp_path):
     val = ArchiveSplit([str(shard("val.tar", b"1", b"4"))], "here")
     assert val.records(classes).labels.tolist() == [1, 3]
     for numbers in ((b"3",), (b"0", b"3")):
-        with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all .*data.class_list"):
+        with pytest.raises(ValueError, match="4 classes.*: 3[.] .*data.class_list"):
             ArchiveSplit([str(shard("val.tar", *numbers))], "here").records(classes)
     formats.write_parquet(tmp_path, "train", {"3/x.jpg": b"1", "0/y.jpg": b"2"}, ["0", "1", "2", "3"], named=False)
     data = DataConfig(str(tmp_path), cache="none")
-    with pytest.raises(ValueError, match="labels that are none of the 4 classes.*: 3. Name all"):
+    with pytest.raises(ValueError, match="4 classes.*: 3[.] .*data.class_list"):
         open_split(data, "train").records(classes)
 
 
-def test_patterns_and_what_they_do_not_find(tmp_path):
+def test_patterns(tmp_path):
     for number in range(3):
         formats.write_tar(tmp_path / f"s/train-{number:02d}.tar", {f"a/{number}.jpg": b""})
 
@@ -178,23 +175,23 @@ def test_patterns_and_what_they_do_not_find(tmp_path):
     assert found(".") == found("*.tar") == found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
     (tmp_path / "s/a").mkdir()
     (tmp_path / "s/a/x.jpg").touch()
-    assert found(".") == ["a/x.jpg"]  # an archive beside class folders is none of them
+    assert found(".") == ["a/x.jpg"]  # archives beside class folders are ignored
     assert found(".", format="tar") == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
-    with pytest.raises(ValueError, match="data.train_split: there is no tar archive .*/val-[*].tar"):
+    with pytest.raises(ValueError, match="data.train_split: .*/val-[*].tar"):
         found("val-*.tar")
     with pytest.raises(ValueError, match="train-03.tar cannot be read: No such file"):
         found("train-{00..03}.tar")
-    with pytest.raises(ValueError, match="data.train_split names .*train-00.tar more than once"):
+    with pytest.raises(ValueError, match="data.train_split .*train-00.tar more than once"):
         found("train-{00,01,00}.tar")
-    with pytest.raises(ValueError, match="data.format is 'folder', but only tar archives are read from a URL"):
+    with pytest.raises(ValueError, match="data.format is 'folder', .*http://127.0.0.1:9/x.tar"):
         found("http://127.0.0.1:9/x.tar", format="folder")
-    with pytest.raises(ValueError, match="nonsense://x.tar is of a kind that cannot be read"):
+    with pytest.raises(ValueError, match="nonsense://x.tar"):
         found("nonsense://x.tar")
 
 
 @pytest.mark.parametrize("name", ["x[1]", "{a,b}", "what?", "*"])
 def test_names_that_look_like_patterns(tmp_path, name):
-    """What is there under this very name is meant, and a pattern in data.train_split does not reach into data.root."""
+    """An existing path is not a pattern, and patterns in data.train_split do not apply to data.root."""
     for number in range(2):
         formats.write_tar(tmp_path / f"{name}/train-{number}.tar", {f"a/{number}.jpg": b""})
         formats.write_tar(tmp_path / f"x1/train-{number}.tar", {f"b/{number}.jpg": b""})
@@ -212,7 +209,7 @@ def test_names_that_look_like_patterns(tmp_path, name):
 
 
 def test_a_web_address_with_a_query_is_one_archive(tmp_path):
-    """As object stores sign them for a while."""
+    """Object stores sign temporary addresses with a query."""
     formats.write_tar(tmp_path / "all.tar", {"a/0.jpg": b"0", "b/1.jpg": b"1"})
     with formats.serving(tmp_path) as url:
         address = f"{url}/all.tar?signature=a/b*c&expires=[60]"
@@ -220,19 +217,19 @@ def test_a_web_address_with_a_query_is_one_archive(tmp_path):
         assert list(found.names) == ["a/0.jpg", "b/1.jpg"] and found.read(1) == b"1"
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     def missing(url):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.url_to_fs", missing)
-    with pytest.raises(ValueError, match=r"s3://bucket/x needs a package .*Install s3fs.*pip install s3fs"):
-        stamp("s3://bucket/x")
+    with pytest.raises(ValueError, match=r"s3://bucket/x .*Install s3fs.*pip install s3fs"):
+        fingerprint("s3://bucket/x")
 
 
 def test_parquet_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "train-0.parquet").write_bytes(b"")
     data = DataConfig(str(tmp_path), cache="none")
-    with pytest.raises(ValueError, match="data.train_split is 'train': .* cannot be opened as a data set of images"):
+    with pytest.raises(ValueError, match=f"data.train_split is 'train': {tmp_path} cannot be opened"):
         open_split(data, "train").records(CLASSES)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
@@ -240,7 +237,7 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
 
 
 def test_parquet_classes_are_matched_by_name(tmp_path):
-    """By position only the 1,000 descriptions that ImageNet has on the Hub."""
+    """Except the 1,000 descriptions in ImageNet on the Hub, which are matched by position."""
     synsets = imagenet_classes()
     described = [f"thing {i}" for i in range(1000)]
     files = {"thing 999/x.jpg": b"1", "thing 0/y.jpg": b"2"}
@@ -254,13 +251,13 @@ def test_parquet_classes_are_matched_by_name(tmp_path):
 
     assert labels(described, synsets) == [0, 999]
     assert labels(["cat", "ape"], ("ape", "bee", "cat")) == [0, 2]
-    for names, classes, told in (
-        (described[:999], synsets, "999 of its 999 classes are not among the 1000 classes .*: thing 0, .*class_list"),
-        ([*synsets[:999], "thing"], synsets, "1 of its 1000 classes are not .*: thing[.]"),
+    for names, classes, message in (
+        (described[:999], synsets, "999 of its 999 classes .*1000 classes .*: thing 0, .*class_list"),
+        ([*synsets[:999], "thing"], synsets, "1 of its 1000 classes .*: thing[.]"),
         (described, tuple(reversed(synsets)), "1000 of its 1000 classes"),
-        (["ape", "dog", "eel"], ("ape", "bee", "cat"), "2 of its 3 classes are not among the 3 classes .*: dog, eel"),
+        (["ape", "dog", "eel"], ("ape", "bee", "cat"), "2 of its 3 classes .*3 classes .*: dog, eel"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             labels(names, classes)
 
 
@@ -268,7 +265,7 @@ def test_devkit_errors(tmp_path):
     names = ("ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000003.JPEG")
     val = formats.write_tar(tmp_path / "val.tar", dict.fromkeys(names, b""))
     kit = formats.write_devkit(tmp_path / formats.DEVKIT, list(CLASSES), ["a", "b"])
-    with pytest.raises(ValueError, match="val_00000002.JPEG, and there is an image ILSVRC2012_val_00000003"):
+    with pytest.raises(ValueError, match="val_00000002.JPEG, .*ILSVRC2012_val_00000003"):
         records(val, labels_file=str(kit))
     val = formats.write_tar(tmp_path / "val.tar", {"ILSVRC2012_val_00000002.JPEG": b""})
     assert records(val, labels_file=str(kit)).labels.tolist() == [1]
@@ -276,7 +273,7 @@ def test_devkit_errors(tmp_path):
         archive.extractall(tmp_path / "kit", filter="data")
     assert records(val, labels_file=str(tmp_path / "kit")).labels.tolist() == [1]
     (tmp_path / "kit/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="kit is not the development kit of ILSVRC2012"):
+    with pytest.raises(ValueError, match="kit is not the development kit .*data/meta.mat"):
         records(val, labels_file=str(tmp_path / "kit"))
     (tmp_path / "kit/ILSVRC2012_devkit_t12/data/meta.mat").unlink()
     with pytest.raises(ValueError, match="kit has no data/meta.mat"):

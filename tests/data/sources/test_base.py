@@ -1,4 +1,4 @@
-"""Packed names and files of a folder, against plain lists and plain reading."""
+"""PackedNames and FolderSource against plain lists and plain reading."""
 
 import os
 import pickle
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.base import FolderSource, PackedNames
 
-# As the system names files, whether or not their names are UTF-8.
+# File names need not be UTF-8.
 NAMES = st.lists(st.binary(max_size=12).map(os.fsdecode) | st.text(st.characters(exclude_categories=["Cs"])))
 
 
 @given(NAMES)
-def test_packed_names_are_the_names(names):
+def test_packed_names_equal_the_list(names):
     packed = PackedNames.of(iter(names))
     assert list(packed) == names and len(packed) == len(names)
     assert [packed[i] for i in range(-len(names), len(names))] == names * 2
@@ -27,12 +27,12 @@ def test_packed_names_are_the_names(names):
             packed[outside]
 
 
-def test_other_cuts_of_the_same_text_are_other_names():
+def test_the_same_text_in_other_pieces_is_not_equal():
     assert PackedNames.of(["ab", "c"]) != PackedNames.of(["a", "bc"])
     assert [PackedNames.of(["ab", "c"])[i] for i in np.array([1, -2])] == ["c", "ab"]
 
 
-def test_a_folder_gives_the_content_of_its_files(tmp_path):
+def test_folder_source_reads_files(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.jpg").write_bytes(b"123")
     (tmp_path / "a/y.jpg").write_bytes(b"")

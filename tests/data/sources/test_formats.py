@@ -1,5 +1,6 @@
-"""Every format gives the images of the folder it was made from: the same names, order, labels, bytes and batches."""
+"""Every format gives the same names, order, labels, bytes and batches as the folder that it was made from."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import formats
@@ -15,7 +16,7 @@ from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.formats import open_split
 from volo.data.sources.records import ImageRecords, class_names
 
-# The devkit numbers them in another order, and one sorts between the folder of another and its files.
+# The devkit numbers them in another order, and one name sorts between another folder and its files.
 CLASSES = ["n01440764", "n01440764-b", "n02119789"]
 COUNTS = {"train": 23, "val": 7}
 TRANSFORM = TrainTransform(AugmentConfig(), (16, 24))
@@ -34,8 +35,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def places(folder, tmp_path_factory) -> dict[str, DataConfig]:
-    """The images of ``folder`` in every format: what a user types."""
+def configs(folder, tmp_path_factory) -> Iterator[dict[str, DataConfig]]:
+    """Yield the options that load the images of ``folder`` from every format."""
     root = tmp_path_factory.mktemp("formats")
     train, val = formats.files_of(folder / "train"), formats.files_of(folder / "val")
 
@@ -98,17 +99,17 @@ def load(data: DataConfig, split: str) -> ImageRecords:
 
 
 def known_as(name: str, data: DataConfig, split: str) -> str:
-    """What an image of the folder is called in a format: without labels in the archive it has no class folder."""
+    """Return the name of an image of the folder in another format: without class folder if the archive has none."""
     flat = split == "val" and data.root.endswith("official")
     return name.split("/")[1] if flat else name
 
 
 @pytest.mark.parametrize("split", COUNTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_names_labels_and_bytes_are_those_of_the_folder(places, folder, name, split):
+def test_names_labels_and_bytes_are_those_of_the_folder(configs, folder, name, split):
     files = formats.files_of(folder / split)
-    records = load(places[name], split)
-    path_of = {known_as(path, places[name], split): path for path in files}
+    records = load(configs[name], split)
+    path_of = {known_as(path, configs[name], split): path for path in files}
     assert list(records.names) == sorted(path_of) and len(records) == COUNTS[split]
     found = [path_of[n] for n in records.names]
     assert [records.read(i) for i in range(len(records))] == [files[path] for path in found]
@@ -121,9 +122,9 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
-def test_batches_are_those_of_the_folder(places, name):
-    """Two epochs, one from its middle, with a worker; evaluation on one, two and three ranks."""
-    plain, records = load(places["folder"], "train"), load(places[name], "train")
+def test_batches_are_those_of_the_folder(configs, name):
+    """Training with a worker, from the start and the middle of an epoch; evaluation on one, two and three ranks."""
+    plain, records = load(configs["folder"], "train"), load(configs[name], "train")
     options = dict(seed=5, global_batch=6, micro_batches=2)
     expected = train_loader(plain, TRANSFORM, **options)
     loader = train_loader(records, TRANSFORM, workers=1, **options)
@@ -133,31 +134,31 @@ def test_batches_are_those_of_the_folder(places, name):
         assert all(map(same, batches, expected.epoch(epoch, start)))
 
     transform = EvalTransform((16, 24), 0.96, "bicubic")
-    plain, records = load(places["folder"], "val"), load(places[name], "val")
+    plain, records = load(configs["folder"], "val"), load(configs[name], "val")
     for ranks in (1, 2, 3):
         seen = []
         for rank in range(ranks):
             share = dict(batch_size=2, rank=rank, world_size=ranks)
             batches = list(eval_loader(records, transform, **share))
-            if "official" not in name:  # without class folders, in another order
+            if "official" not in name:  # its validation archive has no class folders, so another order
                 assert all(map(same, batches, eval_loader(plain, transform, **share)))
             seen += [i for batch in batches for i in batch.indices.tolist()]
         assert sorted(seen) == list(range(COUNTS["val"]))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_classes_are_those_of_the_folder(places, name):
-    data = places[name]
+def test_classes_are_those_of_the_folder(configs, name):
+    data = configs[name]
     assert class_names("folders", open_split(data, "train")) == (("0", "1", "2") if name == "flat" else tuple(CLASSES))
 
 
-def test_a_flat_folder_takes_its_classes_from_the_devkit_beside_it(places, folder, tmp_path):
+def test_a_flat_folder_takes_its_classes_from_the_devkit_beside_it(configs, folder, tmp_path):
     for name, content in formats.files_of(folder / "val").items():
         (tmp_path / "val").mkdir(exist_ok=True)
         (tmp_path / "val" / name.split("/")[1]).write_bytes(content)
     data = DataConfig(str(tmp_path), cache="none")
-    with pytest.raises(ValueError, match="outside any class folder"):
+    with pytest.raises(ValueError, match="7 images of .*val_00000001.JPEG.*data.val_labels"):
         load(data, "val")
-    (tmp_path / formats.DEVKIT).write_bytes((Path(places["official"].root) / formats.DEVKIT).read_bytes())
-    found, expected = load(data, "val"), load(places["official"], "val")
+    (tmp_path / formats.DEVKIT).write_bytes((Path(configs["official"].root) / formats.DEVKIT).read_bytes())
+    found, expected = load(data, "val"), load(configs["official"], "val")
     assert found.names == expected.names and found.labels.tolist() == expected.labels.tolist()

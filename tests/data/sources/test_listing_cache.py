@@ -1,4 +1,4 @@
-"""Kept listings: used as long as they hold, and never longer."""
+"""The listing cache: a listing is used as long as it holds, and no longer."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ CLASSES = ("a", "a-b", "b", "c")
 
 
 def settle(root: Path) -> None:
-    """Let an hour pass since the folders were changed."""
-    for place, _, _ in os.walk(root):
-        then = os.stat(place).st_mtime - 3600
-        os.utime(place, (then, then))
+    """Make all folders an hour older."""
+    for folder, _, _ in os.walk(root):
+        then = os.stat(folder).st_mtime - 3600
+        os.utime(folder, (then, then))
 
 
 @pytest.fixture
@@ -34,29 +34,29 @@ def root(tmp_path) -> Path:
 
 
 class Listings:
-    """Lists ``root``, and counts how many folders it looked into."""
+    """Lists ``root``, and counts the folders that it scans."""
 
     def __init__(self, root: Path, cache: Path | None, monkeypatch):
-        self.root, self.cache, self.looked = root, cache, 0
+        self.root, self.cache, self.scanned = root, cache, 0
         plain = folders._list_one
 
         def counted(*words):
-            self.looked += 1
+            self.scanned += 1
             return plain(*words)
 
         monkeypatch.setattr(folders, "_list_one", counted)
 
-    def names(self, **options) -> tuple[list[str], int]:
-        """The names found, which must be those that are there, and the number of folders looked into."""
-        self.looked = 0
-        records = scan_class_folders(str(self.root), CLASSES, listing_cache=ListingCache(self.cache, **options))
-        looked, fresh = self.looked, scan_class_folders(str(self.root), CLASSES)
+    def names(self) -> tuple[list[str], int]:
+        """Check that the names are those on disk; return them and the number of folders that were scanned."""
+        self.scanned = 0
+        records = scan_class_folders(str(self.root), CLASSES, listing_cache=ListingCache(self.cache))
+        scanned, fresh = self.scanned, scan_class_folders(str(self.root), CLASSES)
         assert records.names == fresh.names and records.labels.tolist() == fresh.labels.tolist()
         assert records.ignored == fresh.ignored and records.labels.dtype == np.int64
         there = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*.*g"))
         assert list(records.names) == sorted(there)
         assert [CLASSES[i] for i in records.labels] == [name.split("/")[0] for name in records.names]
-        return list(records.names), looked
+        return list(records.names), scanned
 
 
 @pytest.fixture
@@ -85,18 +85,18 @@ def test_a_listing_is_made_once(listings):
         lambda root: shutil.rmtree(root / "a/deep"),
     ],
 )
-def test_a_change_is_seen(listings, change):
+def test_a_change_is_detected(listings, change):
     listings.names()
     change(listings.root)
-    names, looked = listings.names()
-    assert looked == len(os.listdir(listings.root))
+    names, scanned = listings.names()
+    assert scanned == len(os.listdir(listings.root))
     settle(listings.root)
-    listings.names()  # its times are others now
+    listings.names()  # the times have changed
     assert listings.names() == (names, 0)
 
 
-def test_what_was_changed_a_moment_ago_is_not_kept(listings):
-    """Another file may come within the same tick of the clock, and the times would not tell."""
+def test_a_folder_that_changed_a_moment_ago_is_not_cached(listings):
+    """Another file may be added within the same tick of the clock, without changing the time."""
     os.utime(listings.root / "b", (time.time(), time.time()))
     assert [listings.names()[1], listings.names()[1]] == [3, 3]
 
@@ -106,8 +106,8 @@ def spoil(kept: Path, how: str) -> None:
     if how == "cut":
         kept.write_bytes(content[: len(content) // 2])
     elif how == "bit":
-        place = content.index(b"a-b/x.pnga/deep")
-        kept.write_bytes(content[:place] + b"b" + content[place + 1 :])
+        at = content.index(b"a-b/x.pnga/deep")
+        kept.write_bytes(content[:at] + b"b" + content[at + 1 :])
     elif how == "pickle":
         np.save(open(kept, "wb"), np.array([{}], dtype=object), allow_pickle=True)  # noqa: SIM115
     else:
@@ -115,16 +115,16 @@ def spoil(kept: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "pickle", "empty", "text"])
-def test_a_damaged_listing_is_made_anew(listings, how, caplog):
+def test_a_damaged_listing_is_replaced(listings, how, caplog):
     expected = listings.names()[0]
     (kept,) = listings.cache.iterdir()
     spoil(kept, how)
     assert listings.names() == (expected, 3)
-    assert f"the kept listing {kept} cannot be read" in caplog.text
+    assert f"{kept} cannot be read" in caplog.text
     assert listings.names() == (expected, 0)
 
 
-def test_a_listing_of_something_else_is_made_anew(listings, root, tmp_path, caplog):
+def test_a_listing_of_another_folder_is_replaced(listings, root, tmp_path, caplog):
     expected = listings.names()[0]
     (kept,) = listings.cache.iterdir()
     shutil.copytree(root, tmp_path / "other")
@@ -136,13 +136,13 @@ def test_a_listing_of_something_else_is_made_anew(listings, root, tmp_path, capl
     assert listings.names() == (expected, 3) and "lists something else" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_is_told(listings, caplog):
+def test_a_cache_that_cannot_be_written_is_reported(listings, caplog):
     listings.cache.write_text("a file")
     assert [listings.names()[1], listings.names()[1]] == [3, 3]
-    assert "cannot be kept" in caplog.text and "data.cache" in caplog.text
+    assert f"cannot be written to {listings.cache.parent}" in caplog.text and "data.cache" in caplog.text
 
 
-def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
+def test_a_flat_folder_has_its_own_listing(root, tmp_path, listings):
     (tmp_path / "labels.txt").write_text("x.png a\ny.png b\ndeep/er/z.jpg a\n")
     for name in ("x.png", "y.png"):
         (root / "a" / name).touch()
@@ -153,10 +153,10 @@ def test_a_flat_folder_has_a_listing_of_its_own(root, tmp_path, listings):
         assert sorted(split.found_classes()) == ["a", "b"]
         records = split.records(CLASSES)
         assert list(records.names) == ["deep/er/z.jpg", "x.png", "y.png"] and records.labels.tolist() == [0, 0, 2]
-    assert listings.looked == 1
+    assert listings.scanned == 1
 
 
-def test_where_listings_are_kept(monkeypatch, tmp_path):
+def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert ListingCache.of("auto").folder == tmp_path / "volo"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -1,1 +1,1 @@
-"""From the bytes of an image to uint8 [3, H, W]."""
+"""Turns the bytes of an image into the network's input, uint8 [3, H, W]; no files."""

@@ -1,7 +1,7 @@
-"""Where in an image the network looks: the random resized crop, the random shift and the centre crop.
+"""Crops: the random resized crop, the random shift, the centre crop, and the box of random erasing.
 
-A crop says everything that is to happen; applying it draws nothing. ``image_hw`` and ``out_hw`` are the (height, width)
-of the image and of the output, in pixels.
+A crop is drawn once and applied later without drawing anything. ``image_hw`` and ``out_hw`` are the (height, width) of
+the image and of the output, in pixels.
 """
 
 import math
@@ -15,15 +15,16 @@ _TRIES = 10
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has it
 
 
-class Window(NamedTuple):
+class CropWindow(NamedTuple):
     """A crop as a renderer needs it: a box of the image is resized, and the output is a window of the result.
+
+    The output is black where the window extends beyond the resized box.
 
     Args:
         box: The box of the image, in pixels.
         resized_hw: (height, width) that it is resized to.
         top: Row of the resized box that becomes the first row of the output; may be negative.
-        left: Column of the resized box that becomes the first column; may be negative. What the output has outside
-            the resized box is black.
+        left: Column of the resized box that becomes the first column of the output; may be negative.
         resample: Resampling of the resize.
     """
 
@@ -44,14 +45,14 @@ class ResizedCrop:
     width: int
     resample: Image.Resampling
 
-    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> CropWindow:
         box = (self.left, self.top, self.left + self.width, self.top + self.height)
-        return Window(box, out_hw, 0, 0, self.resample)
+        return CropWindow(box, out_hw, 0, 0, self.resample)
 
 
 @dataclass(frozen=True)
 class Shift:
-    """The whole image at the output size, moved; uncovered areas are black.
+    """The whole image resized to the output size, then moved; uncovered areas are black.
 
     Args:
         top: Row of the resized image that becomes the first row of the output; a negative one moves the image down.
@@ -61,8 +62,8 @@ class Shift:
     top: int
     left: int
 
-    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
-        return Window(_whole(image_hw), out_hw, self.top, self.left, Image.Resampling.BICUBIC)
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> CropWindow:
+        return CropWindow(_whole(image_hw), out_hw, self.top, self.left, Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class CentreCrop:
     resized_hw: tuple[int, int]
     resample: Image.Resampling
 
-    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Window:
+    def window(self, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> CropWindow:
         top, left = (_centred(side, out) for side, out in zip(self.resized_hw, out_hw, strict=True))
-        return Window(_whole(image_hw), self.resized_hw, top, left, self.resample)
+        return CropWindow(_whole(image_hw), self.resized_hw, top, left, self.resample)
 
 
 def _whole(image_hw: tuple[int, int]) -> Box:
@@ -82,7 +83,7 @@ def _whole(image_hw: tuple[int, int]) -> Box:
 
 
 def _centred(side: int, out: int) -> int:
-    """Return where a centre crop begins, rounded as torchvision does; negative if it pads."""
+    """Return the first row or column of a centre crop, rounded as in torchvision; negative if it pads."""
     return round((side - out) / 2) if side >= out else -((out - side) // 2)
 
 
@@ -93,16 +94,16 @@ def draw_resized_crop(
     ratio: tuple[float, float],
     resamples: tuple[Image.Resampling, ...],
 ) -> ResizedCrop:
-    """Draw a box of random area and aspect ratio, by the algorithm of torchvision's and timm's crop.
+    """Draw a box of random area and aspect ratio, with the algorithm of torchvision's and timm's crop.
 
-    Ten boxes are tried; if none fits, the largest centred box of an allowed aspect ratio is taken.
+    After ten boxes that do not fit, the largest centred box of an allowed aspect ratio is taken.
 
     Args:
         rng: Generator to draw from.
         image_hw: Size of the image.
-        scale: Smallest and largest area of the box, over the area of the image.
-        ratio: Smallest and largest width over height; drawn log-uniformly.
-        resamples: One of these is drawn.
+        scale: Smallest and largest area of the box, as a share of the area of the image.
+        ratio: Smallest and largest width / height; drawn log-uniformly.
+        resamples: Resamplings to choose from.
     """
     height, width = image_hw
     resample = resamples[rng.integers(len(resamples))]
@@ -123,12 +124,12 @@ def draw_resized_crop(
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Do what rng.uniform does in a third of the time."""
+    """Do the same as rng.uniform in a third of the time."""
     return low + (high - low) * rng.random()
 
 
 def draw_shift(rng: np.random.Generator, pixels: int) -> Shift:
-    """Draw a shift by up to ``pixels`` in either direction of each axis, uniform over whole pixels."""
+    """Draw a shift by up to ``pixels`` in each direction, uniform over whole pixels."""
     top, left = rng.integers(-pixels, pixels + 1, size=2)
     return Shift(int(top), int(left))
 
@@ -142,14 +143,15 @@ def draw_erase_box(
 ) -> tuple[int, int, int, int]:
     """Draw the box (top, left, bottom, right) of random erasing (arXiv 1708.04896); all zeros for none.
 
-    The algorithm and its ranges are timm's: ten boxes are tried, and a box as long as a side of the image is rejected.
+    Algorithm and ranges are timm's: a box that is as high or as wide as the image is rejected, and after ten such boxes
+    nothing is erased.
 
     Args:
         rng: Generator to draw from.
         image_hw: Size of the image to erase from.
         prob: Probability of a box.
-        area: Smallest and largest area over that of the image.
-        aspect: Smallest and largest height over width; drawn log-uniformly.
+        area: Smallest and largest area, as a share of the area of the image.
+        aspect: Smallest and largest height / width; drawn log-uniformly.
     """
     none = (0, 0, 0, 0)
     if rng.random() >= prob:

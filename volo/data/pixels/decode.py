@@ -1,7 +1,7 @@
-"""Contents of image files to 8-bit RGB, and what was unusual about each of them.
+"""Decodes image files to 8-bit RGB, and notes what is unusual about them.
 
-The content of a file decides how it is read, not its suffix: the ImageNet training set holds a PNG named .JPEG
-and two dozen CMYK files. Whatever Pillow cannot turn into pixels becomes one exception with one line of text.
+The content of a file decides how it is read, not its suffix: the ImageNet training set has a PNG named .JPEG and two
+dozen CMYK files. Anything that Pillow cannot decode raises one exception with one line of text.
 """
 
 import io
@@ -20,7 +20,7 @@ from volo.data.pixels import jpeg_region
 from volo.data.pixels.crop import Box
 from volo.data.pixels.jpeg import Frame, plain_frame, top
 
-# Suffixes that count as images (torchvision's list), each with the formats it promises.
+# Suffixes of images (torchvision's list), each with the formats that it stands for.
 SUFFIX_FORMATS = {
     ".jpg": ("JPEG", "MPO"),
     ".jpeg": ("JPEG", "MPO"),
@@ -32,11 +32,10 @@ SUFFIX_FORMATS = {
     ".tiff": ("TIFF",),
     ".webp": ("WEBP",),
 }
-# The raster formats to try. Not Pillow's whole list: its EPS reader hands the file to Ghostscript, which no file
-# of a data set should be able to bring about.
+# The raster formats to try. Not all of Pillow's: its EPS reader runs Ghostscript on the file.
 _READ_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
-_MOST_KEPT = 64 << 20  # bytes of pixels that a thread keeps; every worker has its own
-_SPARE = 64  # bytes behind the last pixel that render.cpp may read
+_MOST_KEPT = 64 << 20  # bytes of pixels that each thread keeps for the next image
+_SPARE = 64  # bytes after the last pixel that render.cpp may read
 _memory = threading.local()
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -51,48 +50,48 @@ _UPRIGHT = {
 
 
 class UnreadableImage(ValueError):
-    """A file that cannot be turned into an image; the message is one line: path and reason."""
+    """A file cannot be read or decoded; the message is one line with path and reason."""
 
 
 class Note(IntFlag):
-    """What was unusual about a file that could be read."""
+    """What is unusual about a readable file."""
 
     EXIF_ROTATED = 1  # an EXIF orientation other than upright
     CMYK = 2  # converted by Pillow's formula, without a colour profile
     SIXTEEN_BIT = 4  # grey values scaled from 0..65535 to 0..255
     PALETTE = 8
     ALPHA = 16  # transparency, dropped
-    MULTI_FRAME = 32  # animation or several pages; the first is taken
-    OTHER_FORMAT = 64  # the content is not what the suffix says
+    MULTI_FRAME = 32  # animation or several pages; the first one is used
+    OTHER_FORMAT = 64  # the content has another format than the suffix
 
 
 def read_image(data: bytes, name: str, exif: str = "ignore") -> tuple[Image.Image, Note]:
-    """Decode the content of one file to an RGB image, and say what was unusual about it.
+    """Decode the content of one file to an RGB image, with notes on what is unusual about it.
 
-    CMYK, palette and transparent images become RGB by Pillow's ``convert("RGB")``, as in the published code.
+    CMYK, palette and transparent images are converted by Pillow's ``convert("RGB")``, as in the published code.
 
     Args:
         data: The content.
-        name: Path of the file, for messages; its suffix says what the content should be.
-        exif: "ignore" takes the pixels as they are stored, as the published code does; "apply" turns the image
-            upright by its EXIF orientation tag.
+        name: Path of the file, for messages and for the format that its suffix stands for.
+        exif: "ignore" keeps the pixels as stored, as the published code does; "apply" turns the image upright by its
+            EXIF orientation tag.
 
     Raises:
-        UnreadableImage: Empty, truncated or no image at all; more pixels than Pillow's limit against
-            decompression bombs; or sample values without a known scale (floats, 32-bit integers).
+        UnreadableImage: The file is empty, truncated or not an image, has more pixels than Pillow's limit against
+            decompression bombs, or has sample values without a known scale (floats, 32-bit integers).
     """
     try:
         with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
             return _to_rgb(image, os.path.splitext(name)[1].lower(), exif)
-    except MemoryError:  # says something about the machine, nothing about the file
+    except MemoryError:  # a problem of the machine, not of the file
         raise
-    except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on broken bytes
+    except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on damaged files
         raise UnreadableImage(f"cannot read {name}: {_reason(data, error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """An image that can be decoded.
+    """Size and notes of an image, which can be decoded.
 
     Args:
         height: H.
@@ -110,11 +109,11 @@ class Header:
         return self.height, self.width
 
     def decode(self, box: Box | None) -> np.ndarray:
-        """Return the pixels, uint8 [H, W, 4], in memory of :func:`reused`; the fourth channel means nothing.
+        """Return the pixels, uint8 [H, W, 4], in memory of :func:`reused`; the fourth channel is undefined.
 
         Args:
-            box: The part that is needed; the rest may be left undefined. None has Pillow decode the whole image, and
-                gives uint8 [H, W, 3].
+            box: The box that is needed; pixels outside it may be undefined. With None, Pillow decodes the whole image
+                to uint8 [H, W, 3].
 
         Raises:
             UnreadableImage: The data are damaged.
@@ -123,10 +122,10 @@ class Header:
 
 
 def read_header(data: bytes, name: str, exif: str = "ignore") -> Header:
-    """Read the size and the notes of an image, so that no more of it need be decoded than a plan requires.
+    """Read the size and the notes of an image, so that only the box that a plan needs has to be decoded.
 
-    That is so for plain JPEGs, as most images are. Of others Pillow knows orientation and notes for certain only after
-    decoding, so they are decoded here. Arguments and errors are those of :func:`read_image`.
+    This holds for plain JPEGs, which most images are. Others are decoded here, because Pillow knows their orientation
+    and notes for certain only after decoding. Arguments and errors are those of :func:`read_image`.
     """
     frame = plain_frame(data)
     if frame is None or frame.height * frame.width > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -147,8 +146,8 @@ class _PlainJpeg(Header):
     frame: Frame
 
     def decode(self, box: Box | None) -> np.ndarray:
-        # All of these decoders call libjpeg-turbo, so that the bytes are the same. Pillow is slower: it always decodes
-        # the whole image, into new memory.
+        # All of these decoders call libjpeg-turbo and give the same bytes. Pillow is slower: it decodes the whole image
+        # into new memory.
         if box is not None:
             pixels = reused(self.height, self.width)
             decode = _decode_rows if jpeg_region.unavailable_reason() else jpeg_region.decode
@@ -174,15 +173,15 @@ def _decoded(data: bytes, name: str, exif: str) -> _Decoded:
 def from_image(image: Image.Image) -> np.ndarray:
     """Return a copy of an RGB image, uint8 [H, W, 4], in memory of :func:`reused`."""
     pixels, packed = reused(image.height, image.width), np.asarray(image)
-    for channel in range(3):  # five times as fast as all three at once
+    for channel in range(3):  # five times as fast as one assignment of all three
         pixels[..., channel] = packed[..., channel]
     return pixels
 
 
 def reused(height: int, width: int) -> np.ndarray:
-    """Return an undefined uint8 [H, W, 4] with spare bytes behind it, in memory that the thread's next call reuses.
+    """Return an uninitialised uint8 [H, W, 4], followed by spare bytes, in memory that this thread's next call reuses.
 
-    Allocating memory for every image would take a tenth of the time of decoding it. Memory for huge images is not kept.
+    Allocating memory for every image would take a tenth of the time of decoding it. Memory of huge images is not kept.
     """
     size = height * width * 4
     if size > _MOST_KEPT:
@@ -194,10 +193,10 @@ def reused(height: int, width: int) -> np.ndarray:
 
 
 def _decode_rows(data: bytes, frame: Frame, box: Box, pixels: np.ndarray) -> bool:
-    """Do what :func:`volo.data.pixels.jpeg_region.decode` does, for whole rows from the top to the end of the box."""
+    """Do the same as :func:`volo.data.pixels.jpeg_region.decode`, but decode all rows down to the end of the box."""
     shorter = top(data, frame, box[3])
     try:
-        # Strict takes even a warning for an error; but that the data go on after the last row is what was asked for.
+        # Strict mode makes a warning an error, and a shortened file always warns of the data after its last row.
         simplejpeg.decode_jpeg(shorter or data, "RGBX", buffer=pixels, strict=shorter is None)
     except ValueError:
         return False
@@ -228,11 +227,11 @@ def _to_rgb(image: Image.Image, suffix: str, exif: str) -> tuple[Image.Image, No
         notes |= Note.PALETTE
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         notes |= Note.ALPHA
-        # convert() warns that it drops this; that is meant, and the note says it.
+        # convert() would warn that it drops this; the note reports it.
         image.info.pop("transparency", None)
 
     if image.mode == "F":
-        raise ValueError("its values are floats, whose scale is not known; store it with 8 or 16 bits")
+        raise ValueError("its values are floats of unknown scale. Store it with 8 or 16 bits")
     if image.mode.startswith("I"):
         notes |= Note.SIXTEEN_BIT
         image = _eight_bits(image)
@@ -246,28 +245,28 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey values 0..65535 to 0..255; Pillow's own conversion clips everything above 255 to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its 32-bit values go beyond 0..65535, so their scale is not known; store 8 or 16 bits")
+        raise ValueError("its 32-bit values exceed 0..65535, so their scale is unknown. Store it with 8 or 16 bits")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a damaged tag block leaves the pixels whole, and says nothing about their orientation
+    except Exception:  # the tags are damaged, the pixels need not be
         return 1
 
 
 def _stored_orientation(data: bytes) -> int:
-    """Return the orientation that the header of a JPEG speaks of; 1 for none, and where Pillow cannot read it."""
+    """Return the orientation in the header of a JPEG; 1 if there is none or Pillow cannot read it."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)
-    except Exception:  # it will be said again, and reported, when the image is decoded
+    except Exception:  # decoding raises it again, and it is reported then
         return 1
 
 
 def _reason(data: bytes, error: Exception) -> str:
-    """One line on why a file cannot be read."""
+    """Return in one line why a file cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return f"not an image (it begins with {data[:12]!r})" if data else "the file is empty"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,1 +1,1 @@
-"""What is on disk, in whatever format, as a list of images; no pixels."""
+"""Folders, tar archives and Parquet files as lists of labelled images; no pixels."""

@@ -1,4 +1,4 @@
-"""Where the bytes of images come from: a name and the content of the file, by the image's place in a list. N images."""
+"""A list of N image files: the name and the content of each, by its index."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,13 +13,12 @@ from volo.data.pixels.decode import UnreadableImage
 class PackedNames(Sequence[str]):
     """N strings in two arrays, immutable.
 
-    A list of a million Python strings takes four times as much, and every forked worker would copy it, page by page,
-    as reference counts are touched.
+    A list of a million Python strings takes four times the memory, and every forked worker would copy it page by page
+    as reference counts change.
 
     Args:
-        text: The strings in UTF-8 (names of files that are not UTF-8 as ``os.fsencode`` has them), one after the
-            other, uint8.
-        ends: Where each of them ends, int64 [N].
+        text: The concatenated strings in UTF-8, uint8; file names that are not UTF-8 are encoded as by ``os.fsencode``.
+        ends: Where each string ends in ``text``, int64 [N].
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
@@ -29,7 +28,7 @@ class PackedNames(Sequence[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "PackedNames":
-        """Pack ``names``; takes no more memory on the way than in the end."""
+        """Pack ``names``, one at a time, so that a generator is never held in memory as a whole."""
         text, ends = bytearray(), array("q")
         for name in names:
             text += name.encode("utf-8", "surrogateescape")
@@ -38,7 +37,7 @@ class PackedNames(Sequence[str]):
 
     @classmethod
     def join(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
-        """Return the names of all ``parts``, one after the other."""
+        """Return the names of all ``parts``, concatenated."""
         starts = np.cumsum([0, *(len(part.text) for part in parts)])[:-1]
         ends = [part.ends + start for part, start in zip(parts, starts, strict=True)]
         return cls(
@@ -64,15 +63,15 @@ class PackedNames(Sequence[str]):
             return NotImplemented
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 class ImageSource(ABC):
-    """The files of N images, in whatever they are stored. Safe to fork and to pickle: a process opens its own.
+    """The files of N images, in any format. Safe to fork and to pickle: each process opens its own files.
 
     Args:
-        names: Name of each image as errors, label stores and ImageNet-ReaL know it: "class/file.suffix", or
-            "file.suffix" where there are no class folders; with forward slashes.
+        names: Name of each image in messages, label stores and ImageNet-ReaL: "class/file.suffix", or "file.suffix" if
+            there are no class folders; with forward slashes.
     """
 
     def __init__(self, names: PackedNames):
@@ -86,19 +85,19 @@ class ImageSource(ABC):
         """Return the content of a file.
 
         Raises:
-            UnreadableImage: It is not there, or could not be read.
+            UnreadableImage: The file is missing or cannot be read.
         """
 
     @abstractmethod
     def location(self, index: int) -> str:
-        """Return where a user finds the file: its full path, or what it is stored in and its name in there."""
+        """Return where a user finds the file: its full path, or the archive or data set and the name in it."""
 
 
 class FolderSource(ImageSource):
-    """Files of a folder.
+    """Image files in a folder.
 
     Args:
-        root: The folder that the names start from.
+        root: The folder.
         names: Paths relative to it.
     """
 

@@ -1,7 +1,7 @@
-"""What ``data.root`` and a split point at, and who can read it.
+"""Opens a split of ``data.root`` in whatever format it is stored.
 
-A split is a path below the root: of a folder of images, of one or more tar archives (with ``*`` and ``{000..146}``),
-or the name of a split of Parquet files. The root may be a URL, and so may a split, for archives.
+A split is a path below the root, to a folder of images or to one or more tar archives (with ``*`` and ``{000..146}``),
+or the name of a split of Parquet files. For archives, the root or the split may be a URL.
 """
 
 import glob
@@ -23,9 +23,9 @@ OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"
 
 
 def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
-    """Open the training or validation images; ValueError, with what is there instead, where there are none.
+    """Open the training or validation images, in the format that ``data.format`` names or, if "auto", detected.
 
-    In what format they are, ``data.format`` says; with "auto", what is there decides.
+    Raises ValueError if there are none; the message lists what the root holds.
     """
     if which == "train":
         split, option, labels_file = data.train_split, "data.train_split", data.train_labels
@@ -35,11 +35,13 @@ def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
     labels = LabelsOption(f"data.{which}_labels", labels_file)
     if is_url(root) or is_url(split):
         if data.format not in ("auto", "tar"):
-            where = split if is_url(split) else root
-            raise ValueError(f"data.format is {data.format!r}, but only tar archives are read from a URL ({where})")
+            url = split if is_url(split) else root
+            raise ValueError(
+                f"data.format is {data.format!r}, but only tar archives are read from a URL ({url}). Give auto or tar"
+            )
         return _archives(data, root, split, option, labels)
     if not os.path.isdir(root):
-        raise ValueError(f"data.root is {root!r}, which is not a folder; give the folder that holds the images")
+        raise ValueError(f"data.root is {root!r}, which is not a folder. Give the folder that holds the images")
     target = os.path.join(root, split)
     labels = labels._replace(devkit=_devkit(root) or _devkit(os.path.dirname(target)))
     found = data.format if data.format != "auto" else _format_of(root, target, split)
@@ -54,20 +56,17 @@ def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
 
 
 def is_pattern(path: str) -> bool:
-    """Tell whether ``path`` stands for several: with ``*``, ``?``, ``[...]`` or ``{...}`` in it.
-
-    In a web address "?" begins the query, such as a signature.
-    """
+    """Return whether ``path`` has ``*``, ``?``, ``[...]`` or ``{...}`` in it, outside the query of a web address."""
     if path.startswith(("http://", "https://")):
         path = path.partition("?")[0]
     return re.search(r"[*?\[{]", path) is not None
 
 
 def _format_of(root: str, target: str, split: str) -> str:
-    """Tell what a split is by what is there: "folder", "tar" or "parquet"."""
+    """Detect the format of a split: "folder", "tar" or "parquet"."""
     if os.path.isdir(target):
         entries = [entry for entry in os.scandir(target) if not entry.name.startswith(".")]
-        if any(entry.is_dir() for entry in entries):  # class folders, whatever lies beside them
+        if any(entry.is_dir() for entry in entries):  # class folders, whatever else is in there
             return "folder"
         if any(entry.name.endswith(".tar") for entry in entries):
             return "tar"
@@ -78,23 +77,25 @@ def _format_of(root: str, target: str, split: str) -> str:
 
 
 def _archives(data: DataConfig, root: str, split: str, option: str, labels: LabelsOption) -> ArchiveSplit:
-    """Open the archives that a split stands for: itself, those of a folder, or those that fit a pattern."""
+    """Open the archives of a split, which is one archive, a folder of archives or a pattern."""
     if is_url(root) or is_url(split):
-        place = split if is_url(split) else f"{root.rstrip('/')}/{split}"
-        urls = _remote_archives(place)
+        location = split if is_url(split) else f"{root.rstrip('/')}/{split}"
+        urls = _remote_archives(location)
     else:
-        place = os.path.join(root, split)
+        location = os.path.join(root, split)
         urls = _local_archives(root, split)
     if twice := repeated(urls):
-        raise ValueError(f"{option} names {some(twice)} more than once, and each image is to be seen once an epoch")
+        raise ValueError(f"{option} names {some(twice)} more than once. Name each archive once")
     if not urls:
-        raise ValueError(f"{option}: there is no tar archive {place}; give one, a folder of them, or a pattern")
-    place = urls[0] if len(urls) == 1 else place
-    return ArchiveSplit(urls, place, labels, ListingCache.of(data.cache))
+        raise ValueError(
+            f"{option}: there is no tar archive {location}. Give an archive, a folder of them or a pattern"
+        )
+    location = urls[0] if len(urls) == 1 else location
+    return ArchiveSplit(urls, location, labels, ListingCache.of(data.cache))
 
 
 def _local_archives(root: str, split: str) -> list[str]:
-    """Return the archives that ``split`` stands for; what is there under this very name comes before patterns."""
+    """Return the archives of ``split``; an existing file or folder of that very name is not taken for a pattern."""
     path = os.path.join(root, split)
     if os.path.isdir(path):
         return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
@@ -109,13 +110,13 @@ def _local_archives(root: str, split: str) -> list[str]:
     found = []
     for one in _braces(rest):
         path = os.path.join(folder, one)
-        pattern = os.path.join(glob.escape(folder), one)  # a folder that is there is none
+        pattern = os.path.join(glob.escape(folder), one)  # only the part that does not exist is a pattern
         found += [path] if os.path.exists(path) or not is_pattern(one) else sorted(glob.glob(pattern))
     return found
 
 
 def _remote_archives(url: str) -> list[str]:
-    """Return the archives of a URL: braces written out, * and ? matched, folders listed."""
+    """Return the archives of a URL: braces are expanded, * and ? matched, folders listed."""
     found = []
     for one in _braces(url):
         if not is_pattern(one) and one.partition("?")[0].endswith(".tar"):
@@ -127,7 +128,7 @@ def _remote_archives(url: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Write out the braces of a pattern: x-{0..2}.tar and x-{a,b}.tar."""
+    """Expand the braces of a pattern, as in x-{0..2}.tar and x-{a,b}.tar."""
     if "{" not in pattern:
         return [pattern]
     from braceexpand import braceexpand
@@ -136,12 +137,12 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _official(root: str, split: str) -> str | None:
-    """Return the official archive of a split of ILSVRC2012, if it is there."""
+    """Return the official archive of a split of ILSVRC2012, if it exists."""
     path = os.path.join(root, OFFICIAL.get(split, ""))
     return path if os.path.isfile(path) else None
 
 
 def _devkit(folder: str) -> str | None:
-    """Return the development kit of ILSVRC2012 in a folder, if it is there."""
+    """Return the development kit of ILSVRC2012 in a folder, if it exists."""
     path = os.path.join(folder, DEVKIT)
     return path if os.path.isfile(path) else None

@@ -1,4 +1,4 @@
-"""Labels of images that no class folder tells: a labels file, or the development kit of ILSVRC2012."""
+"""Labels of images that are not in class folders, from a labels file or the development kit of ILSVRC2012."""
 
 import csv
 import os
@@ -16,12 +16,12 @@ _NAMES_AN_IMAGE = re.compile(rf"({'|'.join(map(re.escape, SUFFIX_FORMATS))})(\W|
 
 
 class LabelsOption(NamedTuple):
-    """What is said about the labels of images that are not sorted into classes.
+    """Where the labels of images that are not in class folders come from.
 
     Args:
-        name: The option that says it, for messages.
-        file: The labels file, if there is one: see :func:`label_texts`.
-        devkit: The development kit, which takes its place where images have no labels of their own.
+        name: The option that names the labels file, for messages.
+        file: The labels file, if one is given: see :func:`label_texts`.
+        devkit: The development kit, used if images have no labels of their own and no labels file is given.
     """
 
     name: str = "data.train_labels"
@@ -29,29 +29,29 @@ class LabelsOption(NamedTuple):
     devkit: str | None = None
 
     def file_for(self, sorted_already: bool) -> str | None:
-        """Return the file that labels the images, None where they are to have labels of their own.
+        """Return the file that labels the images, or None if ``sorted_already`` into classes and no file is given.
 
-        Raises ValueError where there is no such file.
+        Raises ValueError if the file that is given does not exist.
         """
         if self.file is not None and not os.path.exists(self.file):
-            raise ValueError(f"{self.name} is {self.file!r}, which is not a file")
+            raise ValueError(f"{self.name} is {self.file!r}, which does not exist")
         return self.file or (None if sorted_already else self.devkit)
 
 
-def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]:
-    """Return the label of each of ``names``, as the file has it.
+def label_texts(names: Sequence[str], labels_file: str, location: str) -> list[str]:
+    """Return the label of each of ``names``, as written in the file.
 
     Args:
         names: The images.
-        labels_file: A text file of one line an image: "file-name label", or only "label", for the files in sorted
+        labels_file: A text file with one line per image: "file-name label", or only "label" with the files in sorted
             order. Or a .csv file whose first two columns are file name and label; a first row that names no file is
-            its header. Or the development kit, ILSVRC2012_devkit_t12.tar.gz or the folder unpacked from it, for the
-            official validation files. The ids of its ILSVRC2012_validation_ground_truth.txt by themselves (1-based,
-            in an order of their own) are none of these, and are refused.
-        place: What holds the images, for messages.
+            its header. Or the development kit (ILSVRC2012_devkit_t12.tar.gz, or the folder unpacked from it), for the
+            official validation files. Its ILSVRC2012_validation_ground_truth.txt alone is refused: those ids are
+            1-based and have an order of their own.
+        location: The folder or archive of the images, for messages.
 
     Raises:
-        ValueError: Lines that do not match the images.
+        ValueError: The lines do not match the images.
     """
     if is_devkit(labels_file):
         return validation_synsets(names, labels_file)
@@ -61,7 +61,7 @@ def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]
         try:
             table = list(csv.reader(lines, skipinitialspace=True, strict=True))
         except csv.Error as error:
-            raise ValueError(f"{labels_file} is no table of comma-separated values ({error})") from error
+            raise ValueError(f"{labels_file} is not a table of comma-separated values ({error})") from error
         rows = [[cell.strip() for cell in row[:2]] for row in table]
         form = '"file-name,label"'
         if rows and rows[0][0] not in known and not os.path.splitext(rows[0][0])[1]:
@@ -72,8 +72,8 @@ def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]
         if not any(row[0] in known for row in rows) and not any(map(_NAMES_AN_IMAGE.search, lines)):
             if len(lines) != len(names):
                 raise ValueError(
-                    f"{labels_file} has {len(lines)} labels, but {place} has {len(names)} images; give one label an "
-                    'image in the order of the sorted file names, or lines of the form "file-name label"'
+                    f"{labels_file} has {len(lines)} labels, but {location} has {len(names)} images. Give one label "
+                    'per image in the order of the sorted file names, or lines of the form "file-name label"'
                 )
             return lines
     label_of = {row[0]: row[1] for row in rows if len(row) == 2 and row[1]}
@@ -85,26 +85,27 @@ def label_texts(names: Sequence[str], labels_file: str, place: str) -> list[str]
             "images without a line": missing,
             "files with several lines": [] if stray or missing else repeated([row[0] for row in rows]),
         }
-        told = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
+        found = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
+        example = f", such as {names[0]!r}" if names else ""
         raise ValueError(
-            f"{labels_file} does not match {place}: {told}. Lines are to be {form}; names are as they are below {place}"
-            + (f", such as {names[0]!r}" if names else "")
+            f"{labels_file} does not match {location}: {found}. Write lines of the form {form}; names are relative to "
+            f"{location}{example}"
         )
     return [label_of[name] for name in names]
 
 
-def label_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.ndarray:
+def label_indices(texts: list[str], classes: tuple[str, ...], location: str) -> np.ndarray:
     """Return the class index of each text, int64 [N]: see :func:`class_indices`."""
     distinct, which = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    return class_indices(distinct.tolist(), classes, place)[which]
+    return class_indices(distinct.tolist(), classes, location)[which]
 
 
-def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.ndarray:
-    """Return the class index, int64, of label texts: all of them names, or all of them 0-based indices.
+def class_indices(texts: list[str], classes: tuple[str, ...], location: str) -> np.ndarray:
+    """Return the class index, int64, of each label text: all texts are class names, or all are 0-based indices.
 
-    Where the names are numbers themselves ("0", "1", "2", "4"), so are texts: 3 is no class, not the one at index 3.
+    If the class names are numbers ("0", "1", "2", "4"), texts are names only: 3 is then not the class at index 3.
 
-    Raises ValueError, beginning with ``place``, where they are neither.
+    Raises ValueError, beginning with ``location``, for any other text.
     """
     index_of = {name: index for index, name in enumerate(classes)}
     if all(text in index_of for text in texts):
@@ -112,8 +113,9 @@ def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.
     if all(map(is_number, classes)):
         wrong = sorted({text for text in texts if text not in index_of})
         raise ValueError(
-            f"{place}: labels that are none of the {len(classes)} classes, whose names are numbers ({classes[0]} ... "
-            f"{classes[-1]}): {some(wrong)}. Name all classes, in index order, in a file for data.class_list"
+            f"{location}: labels that are not among the {len(classes)} classes, whose names are numbers "
+            f"({classes[0]} ... {classes[-1]}): {some(wrong)}. List all classes, in index order, in a file and point "
+            "data.class_list at it"
         )
     if all(is_number(text) and int(text) < len(classes) for text in texts):
         return np.array([int(text) for text in texts], dtype=np.int64)
@@ -122,17 +124,17 @@ def class_indices(texts: list[str], classes: tuple[str, ...], place: str) -> np.
     hint = ""
     if by_number:
         hint = (
-            " Indices start at 0; the ids of ILSVRC2012_validation_ground_truth.txt start at 1 and follow an order "
-            "of their own, so they cannot be used: write synset names instead, or give the development kit"
+            " Indices start at 0. The ids of ILSVRC2012_validation_ground_truth.txt start at 1 and have an order of "
+            "their own, so they cannot be used: write synset names instead, or give the development kit"
         )
     raise ValueError(
-        f"{place}: labels that are neither class names (such as {classes[0]!r}) nor indices below "
+        f"{location}: labels that are neither class names (such as {classes[0]!r}) nor indices below "
         f"{len(classes)}: {some(sorted(set(wrong)))}.{hint}"
     )
 
 
 def lines_of(path: str) -> list[str]:
-    """Return the lines of a text file that hold anything, stripped; ValueError where it is no text."""
+    """Return the non-empty lines of a text file, stripped; ValueError if it is not UTF-8."""
     try:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -140,17 +142,17 @@ def lines_of(path: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Tell whether ``text`` is a whole number of decimal digits."""
+    """Return whether ``text`` consists of decimal digits."""
     return text.isascii() and text.isdigit()
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return what stands more than once in ``names``, sorted."""
+    """Return the names that occur more than once, sorted."""
     ordered = sorted(names)
     return sorted({a for a, b in zip(ordered, ordered[1:], strict=False) if a == b})
 
 
 def some(names: list[str], most: int = 10) -> str:
-    """Return up to ``most`` of ``names`` for a message, and how many more there are."""
+    """Return up to ``most`` of ``names`` for a message, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,9 +1,9 @@
-"""Listings that are kept: what is in a folder of a million files, or in archives, without looking again.
+"""Cached listings of folders and archives, so that a million files are not listed in every run.
 
-A manifest is one .npz file (every array under a checksum of its own) in a cache folder, named after what it lists.
-Whether it still holds is for its reader to say, from the cheap evidence kept in it: times of folders, sizes of
-archives. Where that evidence is there before the manifest is read, it is part of the name, so that several states of
-a place (copies on several machines that share a cache folder) have a manifest each.
+A cached listing is one .npz file, with a checksum for each array, in the cache folder. Its reader decides whether it is
+still fresh from cheap evidence in it, such as the times of folders. Evidence that is known before the file is read
+(the fingerprints of archives) is part of its name, so that several states of a location, such as the copies on machines
+that share a cache folder, are all kept.
 """
 
 import contextlib
@@ -27,17 +27,16 @@ _logger = logging.getLogger("volo")
 
 Arrays = dict[str, np.ndarray]
 
-VERSION = 2
-# What changes a file system's clock may not tell apart: the times of ext3, of some NFS servers.
-_TICK_SECONDS = 2
-_UNUSED_SECONDS = 30 * 24 * 3600  # after which the manifest of another state of a place is removed
+_VERSION = 3
+_TICK_SECONDS = 2  # resolution of the coarsest clocks: ext3, some NFS servers
+_UNUSED_SECONDS = 30 * 24 * 3600  # after which the listing of another state of a location is removed
 
 
 class ListingCache:
-    """The kept listings of a cache folder.
+    """Listings in a cache folder.
 
     Args:
-        folder: Where they are; None keeps nothing.
+        folder: The cache folder; None keeps nothing.
     """
 
     def __init__(self, folder: str | os.PathLike | None):
@@ -45,7 +44,7 @@ class ListingCache:
 
     @classmethod
     def of(cls, cache: str) -> "ListingCache":
-        """Return those of option ``data.cache``: "auto" (the user's cache folder), "none" or a folder."""
+        """Return the cache of option ``data.cache``: "auto" (the user's cache folder), "none" or a folder."""
         if cache == "auto":
             return cls(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "volo")
         return cls(None if cache == "none" else cache)
@@ -53,87 +52,87 @@ class ListingCache:
     def get(
         self,
         kind: str,
-        place: str,
+        location: str,
         build: Callable[[], Arrays],
         is_fresh: Callable[[Arrays], bool],
         changed_at: Callable[[Arrays], float] = lambda arrays: 0.0,
         state: str = "",
     ) -> Arrays:
-        """Return the listing of ``place``: the one that was kept, or a new one, which is kept.
+        """Return the cached listing of ``location`` if it is fresh, else a new one, which is cached.
 
         Args:
-            kind: What sort of listing it is; the other functions know the arrays of that sort.
-            place: What is listed, told so that it means the same from any folder.
-            build: Lists it.
-            is_fresh: Whether a kept listing still holds.
-            changed_at: When the place was last changed, in seconds since 1970; where that was a moment ago, the same
-                times may stand for other files by now, and the listing is not kept.
-            state: Which of several states of the place it is, each of which is kept; "" where the last one is.
+            kind: Kind of listing, which determines its arrays.
+            location: What is listed, independent of the working directory.
+            build: Returns a new listing.
+            is_fresh: Returns whether a cached listing still holds.
+            changed_at: Returns when the location last changed, in seconds since 1970. If that was a moment ago, files
+                may still change without changing the times, and the listing is not cached.
+            state: Identifies one of several states of the location that are all kept; "" keeps the latest only.
         """
-        path = self._path(kind, place, state)
+        path = self._path(kind, location, state)
         if path is not None:
-            kept = _read(path, kind, place)
+            kept = _read(path, kind, location)
             if kept is not None:
                 if is_fresh(kept):
                     _mark_used(path)
                     return kept
-                _logger.info("%s has changed since it was listed: it is listed again", place)
+                _logger.info("%s has changed since it was listed; listing it again", location)
         begin = time.time()
         arrays = build()
         changed = changed_at(arrays)
         if path is not None and changed > begin + _TICK_SECONDS:
             _logger.warning(
-                "%s was last changed %.0f s from now, by the clock of its file system: while that lies in the future "
-                "its listing is not kept, and made in every run",
-                *(place, changed - begin),
+                "%s last changed %.0f s in the future, by the clock of its file system. Until then its listing is not "
+                "cached and every run lists it again",
+                *(location, changed - begin),
             )
         if path is not None and changed < begin - _TICK_SECONDS:
-            _write(path, kind, place, arrays)
+            _write(path, kind, location, arrays)
             if state:
                 _remove_unused(path)
             if time.time() - begin > 10:
-                _logger.info("%s: listed in %.0f s; %s keeps that", place, time.time() - begin, path)
+                _logger.info("%s: listed in %.0f s, cached in %s", location, time.time() - begin, path)
         return arrays
 
-    def _path(self, kind: str, place: str, state: str) -> Path | None:
+    def _path(self, kind: str, location: str, state: str) -> Path | None:
         if self.folder is None:
             return None
-        name = re.sub(r"[^\w.-]+", "-", place)[-40:].strip("-")
-        digest = hashlib.sha256(f"{kind}\n{place}".encode("utf-8", "surrogateescape")).hexdigest()
+        name = re.sub(r"[^\w.-]+", "-", location)[-40:].strip("-")
+        digest = hashlib.sha256(f"{kind}\n{location}".encode("utf-8", "surrogateescape")).hexdigest()
         of_state = f"-{hashlib.sha256(state.encode()).hexdigest()[:16]}" if state else ""
         return self.folder / f"{name}-{digest[:16]}{of_state}.npz"
 
 
-def _about(kind: str, place: str) -> str:
-    return json.dumps({"format": "volo listing", "version": VERSION, "kind": kind, "place": place})
+def _about(kind: str, location: str) -> str:
+    return json.dumps({"format": "volo listing", "version": _VERSION, "kind": kind, "location": location})
 
 
-def _read(path: Path, kind: str, place: str) -> Arrays | None:
-    """Return the arrays of a manifest; None, after a line where it should have been one, where it is not."""
+def _read(path: Path, kind: str, location: str) -> Arrays | None:
+    """Return the arrays of a cached listing; None if there is none, and after a warning if it cannot be used."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        if str(arrays.pop("about")) == _about(kind, place):
+        if str(arrays.pop("about")) == _about(kind, location):
             return arrays
-        problem = "is of another version, or lists something else"
+        problem = "has another version or lists something else"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
         problem = f"cannot be read ({type(error).__name__})"
-    _logger.warning("the kept listing %s %s: it is made anew", path, problem)
+    _logger.warning("the cached listing %s %s; listing again", path, problem)
     return None
 
 
-def _write(path: Path, kind: str, place: str, arrays: Arrays) -> None:
+def _write(path: Path, kind: str, location: str, arrays: Arrays) -> None:
     content = io.BytesIO()
-    np.savez(content, about=np.array(_about(kind, place)), **arrays)
+    np.savez(content, **{**arrays, "about": np.array(_about(kind, location))})  # type: ignore[arg-type]
     try:
         write_atomic(path, content.getvalue())
     except OSError as error:
         _logger.warning(
-            "the listing of %s cannot be kept in %s (%s), so it is made in every run; name another folder with "
+            "the listing of %s cannot be written to %s (%s), so every run lists it again. Give another folder with "
             'data.cache, or "none"',
-            *(place, path.parent, error.strerror),
+            *(location, path.parent, error.strerror),
         )
 
 
@@ -143,7 +142,7 @@ def _mark_used(path: Path) -> None:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove listings of other states of the place of ``path`` that no run has used for a month."""
+    """Remove listings of other states of the location of ``path`` that no run has used for a month."""
     begin = path.name.rpartition("-")[0]
     for other in path.parent.glob(f"{glob.escape(begin)}-*.npz"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """Hugging Face data sets in Parquet files, through timm's reader.
 
-The reader opens them with the package ``datasets``, which writes them once, as Arrow, into its own cache ($HF_HOME):
-as many bytes again, but any image is then one look into mapped memory away. (A Parquet file is compressed in groups
-of a hundred images and more, all of which would be read for one.)
+The reader uses the package ``datasets``, which writes a copy of the data set, as Arrow, into its own cache ($HF_HOME).
+From there an image is read from mapped memory; a Parquet file is compressed in groups of a hundred images or more, all
+of which would be read for one.
 """
 
 import glob
@@ -20,19 +20,20 @@ _ALSO_CALLED = {"val": "validation", "validation": "val"}
 
 
 def has_parquet(folder: str) -> bool:
-    """Tell whether a folder is a data set of Parquet files: in itself or in its folder data, as on the Hub."""
+    """Return whether a folder, or its subfolder data as on the Hub, has Parquet files."""
     folder = glob.escape(folder)
-    return any(glob.glob(f"{folder}/{place}*.parquet") for place in ("", "data/"))
+    return any(glob.glob(f"{folder}/{subfolder}*.parquet") for subfolder in ("", "data/"))
 
 
 class ParquetSource(ImageSource):
-    """Images of a data set of the package ``datasets``; every process opens its own.
+    """Images of a data set of the package ``datasets``; each process opens it for itself.
 
     Args:
         names: Names of the N images.
         folder: The data set.
         split: Its split.
         rows: Row of each image, int64 [N].
+        reader: timm's reader of the split, if it is open already.
     """
 
     def __init__(self, names: PackedNames, folder: str, split: str, rows: np.ndarray, reader=None):
@@ -51,7 +52,7 @@ class ParquetSource(ImageSource):
             with file:
                 return file.read()
         except (OSError, AssertionError) as error:  # the reader asserts that there are bytes or a path
-            raise UnreadableImage(f"cannot read {self.location(index)}: it has no content ({error})") from error
+            raise UnreadableImage(f"cannot read {self.location(index)}: the row has no image ({error})") from error
 
     def location(self, index: int) -> str:
         return f"{self.folder}, split {self.split}, row {self.rows[index]}: {self.names[index]}"
@@ -62,9 +63,9 @@ class ParquetSplit(Split):
 
     Args:
         folder: The data set.
-        split: Name of the split; where there is no "val", "validation" is taken.
-        option: The option that gave it, for messages.
-        labels: No labels file, since every row has its label.
+        split: Name of the split; "val" and "validation" stand for each other.
+        option: The option that names it, for messages.
+        labels: Must not have a labels file, because every row has its label.
     """
 
     def __init__(self, folder: str, split: str, option: str, labels: LabelsOption):
@@ -95,9 +96,9 @@ class ParquetSplit(Split):
     def records(self, classes: tuple[str, ...]) -> ImageRecords:
         reader = self.reader()
         if self.labels.file is not None:
-            raise ValueError(f"{self.labels.name} is given, but {self.place} has labels of its own; leave it out")
+            raise ValueError(f"{self.labels.name} is given, but {self.location} has labels of its own. Leave it out")
         if not len(reader):
-            raise ValueError(f"{self.place} has no image")
+            raise ValueError(f"{self.location} has no image")
         labels = self._labels(reader, classes)
         names = [
             _name(path, row, classes[label])
@@ -108,10 +109,10 @@ class ParquetSplit(Split):
         return ImageRecords(source, labels[rows], classes)
 
     def _labels(self, reader, classes: tuple[str, ...]) -> np.ndarray:
-        """Return the class index of each row: by the names of the classes where the file has names.
+        """Return the class index of each row, matched by class name if the data set has names.
 
-        By position only in ImageNet as it is on the Hub, whose 1,000 classes have descriptions for names, in the order
-        of the synsets. ValueError where the file's names are others than ``classes``.
+        ImageNet on the Hub is matched by position: its 1,000 classes are named by descriptions, in the order of the
+        synsets. Raises ValueError if the data set has other names than ``classes``.
         """
         values = np.array(_column(reader, "label"))
         name_of = {index: name for name, index in reader.class_to_idx.items()}
@@ -120,32 +121,32 @@ class ParquetSplit(Split):
         if strange:
             if not (len(strange) == len(name_of) == len(classes) and classes == imagenet_classes()):
                 raise ValueError(
-                    f"{self.place}: {len(strange)} of its {len(name_of)} classes are not among the {len(classes)} "
+                    f"{self.location}: {len(strange)} of its {len(name_of)} classes are not among the {len(classes)} "
                     f"classes ({classes[0]!r} ... {classes[-1]!r}): {some(strange)}. Labels are never mapped to other "
                     "classes: point data.class_list at a list that has these names"
                 )
             name_of = {}
         distinct, which = np.unique(values, return_inverse=True)
         texts = [name_of.get(value, str(value)) for value in distinct.tolist()]
-        return class_indices(texts, classes, self.place)[which]
+        return class_indices(texts, classes, self.location)[which]
 
 
 def _open(folder: str, split: str):
-    """Return timm's reader of a split; ValueError where there is none, or a package is missing."""
+    """Return timm's reader of a split; ValueError if it cannot be opened, or a package is missing."""
     try:
-        import datasets
-        from timm.data import create_reader
+        import datasets.exceptions
+        from timm.data.readers import create_reader
     except ImportError as error:
         raise ValueError(f"Parquet files need a package that is missing ({error}): pip install datasets") from error
     try:
         return create_reader(f"hfds/{folder}", root=None, split=split)
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"{folder} cannot be opened as a data set of images: {told}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"{folder} cannot be opened as a data set of images: {text}") from error
 
 
 def _column(reader, name: str) -> list:
-    """Return the values of a column, or of a field of one ("image.path"), without reading the others."""
+    """Return the values of a column, or of a field of it ("image.path"), without reading the other columns."""
     column, _, field = name.partition(".")
     values = reader.dataset.with_format("arrow").data.column(column)
     if field:
@@ -156,9 +157,9 @@ def _column(reader, name: str) -> list:
 
 
 def _name(path: str | None, row: int, class_name: str) -> str:
-    """Return the name of a row's image as folders would have it: class/file.
+    """Return the name of a row's image as in class folders: class/file.
 
-    On the Hub the files of ImageNet have their synset behind their name (ILSVRC2012_val_00000001_n01751748.JPEG).
+    On the Hub the files of ImageNet have their synset appended (ILSVRC2012_val_00000001_n01751748.JPEG).
     """
     stem, suffix = os.path.splitext(os.path.basename(path or f"{row:08d}"))
     stem = re.sub(rf"_{re.escape(class_name)}$", "", stem)

@@ -1,7 +1,6 @@
-"""Byte ranges of local files and of URLs, read without a shared position: safe in any number of processes.
+"""Byte ranges of local files and of URLs, read without a shared file position, so that any process may read.
 
-An object store (s3://, gs://, https://, ...) is spoken to through fsspec, which asks for a package of its own for most
-kinds of URL.
+URLs (s3://, gs://, https://, ...) are read through fsspec, which needs a package of its own for most schemes.
 """
 
 import contextlib
@@ -11,23 +10,23 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import BinaryIO
 
-_OPEN_FILES = 64  # a process; with thousands of shards the limit of the system would be met
-_TRIES = 4  # of one range of a URL; a run of days should outlive a server that restarts
-# What file systems of fsspec call the tag of a file's content, or the time of its last change.
+_OPEN_FILES = 64  # per process; thousands of shards would exceed the system's limit
+_TRIES = 4  # per range of a URL, so that a run survives a server's restart
+# fsspec's file systems use these names for the tag of a file's content or the time of its last change.
 _TAGS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "mtime", "Last-Modified", "LastModified", "last_modified"),
     *("updated", "created"),
 )
-_REMOTE_BLOCK = 1 << 22  # bytes fetched at once while an archive is gone through
+_REMOTE_BLOCK = 1 << 22  # bytes per request while an archive is indexed
 
 
 def is_url(path: str) -> bool:
-    """Tell whether ``path`` is a URL rather than a path of a local file."""
+    """Return whether ``path`` is a URL rather than a local path; file:// counts as local."""
     return "://" in path and not path.startswith("file://")
 
 
 def file_system(url: str):
-    """Return fsspec's file system of ``url``, and the path in there; ValueError where a package is missing."""
+    """Return fsspec's file system of ``url`` and the path in it; ValueError if a package is missing."""
     try:
         import fsspec
 
@@ -39,33 +38,33 @@ def file_system(url: str):
             f"{url} needs a package that is not installed ({error}): pip install {package.get(scheme, 'fsspec')}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{url} is of a kind that cannot be read ({error})") from error
+        raise ValueError(f"{url} has a scheme that cannot be read ({error})") from error
 
 
 def open_url(url: str) -> BinaryIO:
-    """Open a file to be gone through from front to back, with seeks; OSError where that cannot be."""
+    """Open a file for reading from front to back, with seeks; raises OSError."""
     if is_url(url):
         system, path = file_system(url)
         return system.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
-    # Headers of 512 bytes are read, with images between them: a large buffer would read the images too.
+    # Only the 512-byte headers between the images are read: a large buffer would read the images too.
     return open(url, "rb", buffering=8192)
 
 
-def stamp(url: str) -> str:
-    """Return what tells whether a file is still the same: its size, and when it was changed or a tag of its content.
+def fingerprint(url: str) -> str:
+    """Return the size of a file, and its time of change or a tag of its content: what differs once it changes.
 
-    Raises OSError where it is not there.
+    Raises OSError if there is no such file.
     """
     if not is_url(url):
-        return _stamp_of(os.stat(url))
+        return _fingerprint_of(os.stat(url))
     system, path = file_system(url)
     with _as_os_error():
         info = system.info(path)
     return f"{info.get('size')} {next((info[tag] for tag in _TAGS if info.get(tag)), '')}"
 
 
-def tells_changes(known: str) -> bool:
-    """Tell whether a :func:`stamp` has more than a size, which a file that changes may keep."""
+def shows_changes(known: str) -> bool:
+    """Return whether a :func:`fingerprint` has more than a size, which may survive a change."""
     return known.partition(" ")[2] != ""
 
 
@@ -73,42 +72,39 @@ def _size_in(known: str) -> str:
     return known.partition(" ")[0]
 
 
-def _stamp_of(status: os.stat_result) -> str:
+def _fingerprint_of(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class RangeReader:
-    """Reads ranges of files; every process opens its own, also after a fork.
+    """Reads ranges of files; each process opens them for itself, also after a fork.
 
-    Local files are compared on opening with what they were when the reader was made. Unpickled, it may be on another
-    machine, where the same path is a copy with a time of its own: there a file must have the size that it had where
-    the ranges were found, and is compared with what it is at that moment from then on.
+    A local file is compared with its fingerprint when it is opened. A reader may be unpickled on another machine, where
+    the same path is a copy with another time of change: if the size is the same, the reader adopts the copy's
+    fingerprint.
 
     Args:
         urls: Local paths or URLs.
-        stamps: :func:`stamp` of each, as it was when the ranges were found.
+        fingerprints: :func:`fingerprint` of each at the time of indexing.
     """
 
-    def __init__(self, urls: Sequence[str], stamps: Sequence[str]):
+    def __init__(self, urls: Sequence[str], fingerprints: Sequence[str]):
         self.urls = list(urls)
-        self.stamps = list(stamps)
+        self.fingerprints = list(fingerprints)
         self._forget()
 
     def __getstate__(self) -> dict:
-        return {"urls": self.urls, "stamps": self.stamps}
+        return {"urls": self.urls, "fingerprints": self.fingerprints}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
         for number, url in enumerate(self.urls):
-            with contextlib.suppress(OSError):  # reading it names what is missing
-                if not is_url(url) and _size_in(here := stamp(url)) == _size_in(self.stamps[number]):
-                    self.stamps[number] = here
+            with contextlib.suppress(OSError):  # reported when it is read
+                if not is_url(url) and _size_in(here := fingerprint(url)) == _size_in(self.fingerprints[number]):
+                    self.fingerprints[number] = here
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return ``size`` bytes of file ``number``, from ``offset`` on.
-
-        Raises OSError, with one line of text, where that cannot be.
-        """
+        """Return ``size`` bytes of file ``number``, starting at ``offset``; raises OSError with one line of text."""
         if os.getpid() != self._process:
             for descriptor in self._open.values():
                 os.close(descriptor)
@@ -119,7 +115,7 @@ class RangeReader:
         data = read(number, offset, size)
         if len(data) != size:
             raise OSError(
-                f"{len(data):,} of {size:,} bytes came; the file was cut short, or the server gives no ranges"
+                f"got {len(data):,} of {size:,} bytes: the file is truncated, or the server does not support ranges"
             )
         return data
 
@@ -131,14 +127,12 @@ class RangeReader:
         descriptor = self._open.get(number)
         if descriptor is None:
             descriptor = os.open(self.urls[number], os.O_RDONLY)
-            here, known = _stamp_of(os.fstat(descriptor)), self.stamps[number]
+            here, known = _fingerprint_of(os.fstat(descriptor)), self.fingerprints[number]
             if here != known:
-                os.close(descriptor)  # kept, it would be read the next time
+                os.close(descriptor)
                 sizes = [f"{int(_size_in(one)):,}" for one in (here, known)]
-                told = "" if sizes[0] == sizes[1] else f" (or is no whole copy here: {sizes[0]} bytes, not {sizes[1]})"
-                raise OSError(
-                    f"the archive has changed since it was indexed{told}; start again, and it will be indexed anew"
-                )
+                detail = "" if sizes[0] == sizes[1] else f", or this copy is incomplete: {sizes[0]} of {sizes[1]} bytes"
+                raise OSError(f"the archive has changed since it was indexed{detail}. Start again to index it again")
             self._open[number] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -146,7 +140,7 @@ class RangeReader:
         return os.pread(descriptor, size, offset)
 
     def _read_url(self, number: int, offset: int, size: int) -> bytes:
-        system, path = file_system(self.urls[number])  # fsspec keeps one a process
+        system, path = file_system(self.urls[number])  # fsspec caches one per process
         for tries_left in reversed(range(_TRIES)):
             try:
                 with _as_os_error():
@@ -162,10 +156,10 @@ class RangeReader:
 
 @contextlib.contextmanager
 def _as_os_error():
-    """Turn whatever a client of an object store raises into an OSError of one line."""
+    """Turn any error of an object store's client into an OSError of one line."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # aiohttp, botocore and others have hierarchies of their own
+    except Exception as error:  # aiohttp, botocore and others have exceptions of their own
         raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
