@@ -46,12 +46,14 @@ class RandAugment:
     """How operations are drawn.
 
     Args:
-        names: The operations, equally likely, drawn with replacement.
+        names: The operations.
         magnitude: Mean magnitude, of 10.
         magnitude_std: Standard deviation of the magnitude; infinity draws it uniformly from 0 to ``magnitude``.
         magnitude_max: Magnitudes are clipped to [0, this].
         num_ops: Operations drawn for an image.
         prob: Probability that a drawn operation is applied.
+        weights: Probability of each of ``names``, which are then drawn without replacement, as timm draws them; None
+            if they are equally likely, and drawn with replacement.
     """
 
     names: tuple[str, ...]
@@ -60,13 +62,16 @@ class RandAugment:
     magnitude_max: float
     num_ops: int
     prob: float
+    weights: tuple[float, ...] | None = None
 
     def draw(self, rng: np.random.Generator, resamples: tuple[Image.Resampling, ...]) -> tuple[Op, ...]:
         """Draw the operations of one image, in order; those not applied are left out."""
+        if self.weights is None:
+            choices = rng.integers(len(self.names), size=self.num_ops)
+        else:
+            choices = rng.choice(len(self.names), size=self.num_ops, replace=False, p=self.weights)
         return tuple(
-            self._draw_op(rng, self.names[choice], resamples)
-            for choice in rng.integers(len(self.names), size=self.num_ops)
-            if rng.random() < self.prob
+            self._draw_op(rng, self.names[choice], resamples) for choice in choices if rng.random() < self.prob
         )
 
     def _draw_op(self, rng: np.random.Generator, name: str, resamples: tuple[Image.Resampling, ...]) -> Op:
@@ -88,7 +93,7 @@ def parse_rand_augment(text: str) -> RandAugment | None:
     After 'rand', in any order and each at most once: m (magnitude, 10), n (operations an image, 2), p (probability
     of each, 0.5), mstd (standard deviation of the magnitude, 0; above 100 the magnitude is uniform from 0 to m),
     mmax (largest magnitude, 10), inc (1: the operations that get stronger with the magnitude; 0: the original
-    ones).
+    ones). Or, in place of inc, tweights: timm's set with weights, in which nine in ten are geometric.
 
     Raises:
         ValueError: Anything else. timm lets some misspellings pass without effect.
@@ -97,6 +102,9 @@ def parse_rand_augment(text: str) -> RandAugment | None:
         return None
     variant, *sections = text.split("-")
     values: dict[str, float] = {}
+    weighted = "tweights" in sections
+    if weighted:
+        sections.remove("tweights")
     for section in sections:
         match = _OPTION.fullmatch(section)
         if match is None or match[1] in values or (match[1] in ("m", "n", "mmax", "inc") and "." in match[2]):
@@ -106,6 +114,10 @@ def parse_rand_augment(text: str) -> RandAugment | None:
         raise _refused(text, "it begins with 'rand'")
     if values.get("inc", 0) not in (0, 1):
         raise _refused(text, "inc is 0 or 1")
+    if weighted and "inc" in values:
+        raise _refused(text, "the set of tweights has no inc")
+    if weighted and values.get("n", 2) > 15:
+        raise _refused(text, "tweights draws without replacement from 15 operations")
     if values.get("n", 2) < 1 or values.get("p", 0.5) > 1 or values.get("mmax", _LEVELS) < 1:
         raise _refused(text, "n and mmax are at least 1, p is at most 1")
 
@@ -113,6 +125,10 @@ def parse_rand_augment(text: str) -> RandAugment | None:
 
     std = values.get("mstd", 0.0)
     names = timm_ops._RAND_INCREASING_TRANSFORMS if values.get("inc") else timm_ops._RAND_TRANSFORMS
+    weights = None
+    if weighted:
+        names, weights = zip(*timm_ops._RAND_WEIGHTED_0.items(), strict=True)
+        weights = tuple(weight / sum(weights) for weight in weights)
     assert set(names) <= set(_ARGUMENT), "this timm has operations that are not known here"
     return RandAugment(
         names=tuple(names),
@@ -121,13 +137,14 @@ def parse_rand_augment(text: str) -> RandAugment | None:
         magnitude_max=values.get("mmax", _LEVELS),
         num_ops=int(values.get("n", 2)),
         prob=values.get("p", 0.5),
+        weights=weights,
     )
 
 
 def _refused(text: str, reason: str) -> ValueError:
     return ValueError(
-        f"augment.rand_augment is {text!r}: {reason}; give 'none' or timm's notation with m, n, p, mstd, mmax and "
-        "inc, such as 'rand-m9-mstd0.5-inc1'"
+        f"augment.rand_augment is {text!r}: {reason}; give 'none' or timm's notation with m, n, p, mstd, mmax, "
+        "inc and tweights, such as 'rand-m9-mstd0.5-inc1'"
     )
 
 
