@@ -39,35 +39,31 @@ def run_training(config: Config) -> int:
     """Train as ``config`` says; return the exit code (see :mod:`volo.runtime.program`)."""
     with checking_usage():
         world = distributed.initialise(config.train.device)
-        run = RunFolder(config)
         check_options(config, world)
         setup_logging(None, world.is_main, world.rank)  # listing the images may take minutes
         splits = distributed.on_main(lambda: load_splits(config))
+
+        run = RunFolder(config)
         distributed.on_main(run.create)
         setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
-        path, state = find_checkpoint(run, config, world)
-        if state is not None:
-            check_same_images(state, splits, config.train.batch_size)
+        path, checkpoint = find_checkpoint(run, config, world)
+        if checkpoint is not None:
+            check_same_images(checkpoint, splits, config.train.batch_size)
+
         layout = BatchLayout.of(config, world.size)
         require_shared_memory(config, layout, splits.val)
-        learner = Learner(config, world, layout, make_network(config, world, state), state)
+        learner = Learner(config, world, layout, make_network(config, world, checkpoint), checkpoint)
         labels = open_token_labels(config, splits, learner.grid, world.is_main)
         loader = make_train_loader(config, splits.train, world, layout, labels)
         val_loader = make_eval_loader(config, splits.val, world) if splits.val is not None else None
-        trainer = Trainer(config, world, run, splits, learner, loader, val_loader, state)
+        trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint)
         distributed.on_main(lambda: run.write_config(config))
     _logger.info("%s", describe(trainer, labels))
     if path is not None:
-        done = trainer.progress
-        _logger.info("going on from %s: epoch %d, step %d", path, done.epoch, done.step)
+        _logger.info("resuming from %s: epoch %d, step %d", path, trainer.state.epoch, trainer.state.step)
 
     trainer.show_batch()
     finished = trainer.fit()
-    trainer.writer.close()
-    if replaced := trainer.progress.replaced_images:
-        _logger.warning("since the run began, other images took the place of such as cannot be used %d times", replaced)
-    if lost := trainer.lost_workers():
-        _logger.warning("reading processes that died were replaced %d times", lost)
     if world.is_main:
         plot_curves(run.metrics, run.curves, title=run.path.name)
         if finished:
@@ -76,16 +72,13 @@ def run_training(config: Config) -> int:
 
 
 def check_options(config: Config, world: World) -> None:
-    """Find what is wrong with the options themselves: before images are listed, and before anything is made.
-
-    Raises ValueError.
-    """
+    """Raise ValueError for options that cannot work, before images are listed and before anything is made."""
     BatchLayout.of(config, world.size)
     require_start(config)
     Precision.resolve(config.train.precision, world.device)
     check_optimizer(config.optim)
     TrainTransform(config.augment, config.model.image_hw)
-    with torch.device("meta"):  # shapes without numbers: whether there is such a network for such images
+    with torch.device("meta"):  # shapes without numbers: enough to check the architecture and the image size
         build_model(config.model)
     files = {"model.checkpoint": config.model.checkpoint, "token_label.root": config.token_label.root}
     if config.train.resume not in ("auto", "never"):
@@ -95,8 +88,8 @@ def check_options(config: Config, world: World) -> None:
             raise ValueError(f"{name}: {path} does not exist")
 
 
-def find_checkpoint(run: RunFolder, config: Config, world: World):
-    """Let rank 0 choose the checkpoint; every rank reads that one. Returns (path, state), or (None, None)."""
+def find_checkpoint(run: RunFolder, config: Config, world: World) -> tuple[Path, dict] | tuple[None, None]:
+    """Let rank 0 choose the checkpoint, which every rank reads; return its path and content, or (None, None)."""
     found = distributed.on_main(lambda: run.find_checkpoint(config), share=lambda f: f and f[0])
     if found is None:
         return None, None
@@ -104,50 +97,49 @@ def find_checkpoint(run: RunFolder, config: Config, world: World):
 
 
 def describe(trainer: Trainer, labels: LabelSource | None) -> str:
-    """Return what the run does, in effective values, for the head of the log."""
+    """Return the effective values of the run, for the head of the log."""
     config, layout, world = trainer.config, trainer.layout, trainer.world
     loader, splits = trainer.loader, trainer.splits
     steps, total = trainer.steps_per_epoch, config.schedule.total_epochs
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     height, width = config.model.image_hw
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    passes = f", {layout.micro_batches} passes of {layout.micro_size} a step" if layout.micro_batches > 1 else ""
+    passes = f" in {layout.micro_batches} passes of {layout.micro_size}" if layout.micro_batches > 1 else ""
     rows = [
         ("model", f"{config.model.name}, {parameters:,} parameters, {height}x{width}, {len(splits.classes)} classes"),
         ("images", f"{len(splits.train):,} to train on, {len(splits.val) if splits.val else 0:,} to evaluate on"),
         ("processes", f"{world.size} on {device}, precision {trainer.learner.precision.name}"),
         ("outlook", trainer.learner.kernel),
         ("pixels", str(Backend(config.augment.backend))),
-        ("batch", f"{layout.global_size} images a step, {layout.global_size // world.size} a process{passes}"),
-        ("schedule", f"{steps} steps an epoch, {total} epochs; learning rate to {config.optim.lr:g}, not scaled"),
+        ("batch", f"{layout.global_size} images per step, {layout.global_size // world.size} per process{passes}"),
+        ("schedule", f"{total} epochs of {steps} steps; learning rate up to {config.optim.lr:g}, not scaled"),
     ]
     if labels is not None:
         rows.append(("labels", str(labels)))
     if loader.left_out:
-        rows.append(("left out", f"{loader.left_out} images an epoch, others each time (an incomplete last batch)"))
+        rows.append(("left out", f"{loader.left_out} images per epoch, others each time (an incomplete last batch)"))
     if ignored := splits.train.ignored:
-        rows.append(("ignored", f"{ignored} training files that are hidden, or no images by their suffix"))
+        rows.append(("ignored", f"{ignored} training files that are hidden or have no suffix of an image"))
     if config.ema.enabled:
         horizon = 1 / (1 - config.ema.decay)
-        rows.append(
-            ("EMA", f"decay {config.ema.decay:g}: averages about {horizon:,.0f} steps, {horizon / steps:.1f} epochs")
-        )
+        span = f"about {horizon:,.0f} steps, {horizon / steps:.1f} epochs"
+        rows.append(("EMA", f"decay {config.ema.decay:g}: averages over {span}"))
     rows += [("seed", str(config.train.seed)), ("revision", git_revision()), ("folder", str(trainer.run.path))]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
 def closing_words(trainer: Trainer) -> str:
-    """Return the last lines of a finished run: result, pictures, next command."""
-    run, config, progress = trainer.run, trainer.config, trainer.progress
-    lines = [f"finished: {progress.epoch} epochs, {progress.global_step:,} steps"]
+    """Return the last lines of a finished run: result, curves, next command."""
+    run, config, state = trainer.run, trainer.config, trainer.state
+    lines = [f"finished: {state.epoch} epochs, {state.global_step:,} steps"]
     if trainer.splits.val is not None:
-        row = ["best top-1 %", f"{progress.best_top1:.2f}", f"epoch {progress.best_epoch}, {trainer.evaluated_weights}"]
-        rows = [row]
+        weights = {"raw": "raw weights", "ema": "EMA weights"}[trainer.evaluated_weights]
+        rows = [["this run", f"{state.best_top1:.2f}", f"epoch {state.best_epoch}, {weights}"]]
         height, width = config.model.image_hw
         if height == width and config.data.class_list == "imagenet":
             for source, value, crop_pct in published_top1(config.model.name, height, "imagenet"):
-                rows.append([f"{source}'s top-1 %", f"{value:.2f}", f"crop ratio {crop_pct:g}"])
-        lines.append(text_table(["", "value", "of"], rows, align="lrl"))
+                rows.append([source, f"{value:.2f}", f"crop ratio {crop_pct:g}"])
+        lines.append(text_table(["", "best top-1 %", "measured with"], rows, align="lrl"))
     lines.append(f"curves: {run.curves}")
     lines.append(
         f"next:   {sys.executable} validate.py --config {run.path / 'config.yaml'} --checkpoint {run.checkpoints.best}"

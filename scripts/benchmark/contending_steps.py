@@ -120,7 +120,7 @@ def our_step(network: Network, device: torch.device, recompute: str, channels_la
 
     def step(number: int) -> None:
         learner.forward_backward(batch, 0, number, 0)
-        learner.update(1e-4, number)
+        learner.optimizer_step(1e-4, number)
 
     return step
 

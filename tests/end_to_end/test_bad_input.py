@@ -119,7 +119,7 @@ def test_data_folder_of_an_evaluation(finished, tmp_path):
     ended = programs.run(VALIDATE, *words, "--data.root", tmp_path / "images", cwd=tmp_path)
     ended.assert_failed(USAGE, "has no class folders")
     ended = programs.run(VALIDATE, *words, "--real", "true", cwd=tmp_path)
-    ended.assert_failed(USAGE, "--real counts with labels of the 1,000 ImageNet classes")
+    ended.assert_failed(USAGE, "--real", "1,000 ImageNet classes")
     assert not (tmp_path / "results.json").exists()
 
 
@@ -196,7 +196,7 @@ def test_unreadable_training_images_are_replaced_and_reported_where_asked_for(re
         log = (folder / "runs/run/log.txt").read_text()
         for path, (_, reason) in zip(broken, UNREADABLE.values(), strict=True):
             (line,) = (line for line in log.splitlines() if f"cannot read {path}" in line)
-            assert "another image took the place of one that cannot be used" in line
+            assert "replaced unreadable training image: " in line
             assert reason in line
     assert outs[0].count("cannot read") == 3
     assert outs[2] == "", "rank 0 reports for all"
@@ -211,9 +211,9 @@ def test_replaced_images_are_counted_from_the_beginning_of_a_run_that_was_stoppe
     (first,) = run.finish()
     assert first.code == STOPPED
     last = programs.run(TRAIN, *words, cwd=tmp_path).assert_done()
-    named = sum(ended.out.count("another image took the place of one that cannot be used") for ended in (first, last))
+    named = sum(ended.out.count("replaced unreadable training image: ") for ended in (first, last))
     assert named >= 6, "at least once an epoch: it may be drawn for itself"
-    assert f"other images took the place of such as cannot be used {named} times" in last.out
+    assert f"replaced unreadable training images {named} times" in last.out
 
 
 def test_unreadable_validation_image_stops_a_run_that_goes_on_when_it_is_mended(recipe, images, good_images, tmp_path):
@@ -229,7 +229,7 @@ def test_unreadable_validation_image_stops_a_run_that_goes_on_when_it_is_mended(
 
     broken.write_bytes((good_images / "val/disc/disc_01.jpg").read_bytes())
     ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path).assert_done()
-    assert "going on from runs/run/last.pt: epoch 1, step 0" in ended.out
+    assert "resuming from runs/run/last.pt: epoch 1, step 0" in ended.out
     assert "  step " not in ended.out, "nothing is trained twice"
     done = torch.load(tmp_path / "runs/run/best.pt", weights_only=True)
     assert all(torch.equal(done["state_dict"][name], tensor) for name, tensor in trained["state_dict"].items())

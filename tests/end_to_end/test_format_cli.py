@@ -114,7 +114,7 @@ def test_a_stopped_run_on_any_format_is_the_run_on_the_folder(images, archives, 
     assert [ended.code for ended in run.finish()] == [STOPPED] * ranks
     for ended in programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks).finish():
         ended.assert_done()
-    assert "going on from" in (tmp_path / "runs/run/log.txt").read_text()
+    assert "resuming from" in (tmp_path / "runs/run/log.txt").read_text()
     (weights, rows), (expected, expected_rows) = outcome(tmp_path / "runs/run"), outcome(straight[ranks])
     assert rows == expected_rows and weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], value) for key, value in expected.items())

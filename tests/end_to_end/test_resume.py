@@ -155,7 +155,7 @@ def test_stop_at_a_step_and_resume(recipe, straight, tmp_path, step, signum):
     progress = stop(tmp_path, recipe, line(epoch + 1, step_of_epoch + 1), signum)
     assert step <= progress["global_step"] < STEPS * EPOCHS
     (ended,) = resume(tmp_path, recipe)
-    assert f"going on from runs/run/last.pt: epoch {progress['epoch']}, step {progress['step']}\n" in ended.out
+    assert f"resuming from runs/run/last.pt: epoch {progress['epoch']}, step {progress['step']}\n" in ended.out
     assert ended.out.count("  step ") == STEPS * EPOCHS - progress["global_step"], "no step is made twice"
     assert_same_run(tmp_path / "runs/run", straight)
 
@@ -165,7 +165,7 @@ def test_stop_in_an_evaluation_and_again_right_after(recipe, straight, tmp_path)
     progress = stop(tmp_path, recipe, line(1, STEPS))
     assert (progress["epoch"], progress["step"], progress["closed_epochs"]) == (1, 0, 0), "not in the evaluation"
     # The resumed run evaluates first, and is stopped there again.
-    assert stop(tmp_path, recipe, "going on from") == progress
+    assert stop(tmp_path, recipe, "resuming from") == progress
     resume(tmp_path, recipe)
     assert_same_run(tmp_path / "runs/run", straight)
 
@@ -249,7 +249,7 @@ def test_truncated_last_checkpoint_is_reported_and_the_one_before_used(recipe, s
     (ended,) = resume(tmp_path, recipe)
     assert "last.pt is passed over: checkpoint runs/run/last.pt cannot be read: it is truncated" in ended.out
     assert "last.pt is passed over" in (run / "log.txt").read_text()
-    assert f"going on from runs/run/{before.name}: epoch 1, step 0\n" in ended.out
+    assert f"resuming from runs/run/{before.name}: epoch 1, step 0\n" in ended.out
     assert_same_run(run, straight)
 
 
@@ -260,7 +260,7 @@ def test_last_checkpoint_that_alone_is_damaged_costs_nothing(recipe, stopped, st
     (run / "last.pt").write_bytes(b"")
     (ended,) = resume(tmp_path, recipe)
     assert "last.pt is passed over: checkpoint runs/run/last.pt is empty (0 bytes)" in ended.out
-    assert f"going on from runs/run/{newest.name}" in ended.out
+    assert f"resuming from runs/run/{newest.name}" in ended.out
     assert_same_run(run, straight)
 
 
@@ -294,7 +294,7 @@ def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, straight, tmp_pa
     assert {name: after[name] for name in saved} == {name: before[name] for name in saved}
     assert {name for name in after if name.endswith((".pt", ".tmp"))} == saved
     assert ended.last_line.removeprefix("error: ") in (run / "log.txt").read_text()
-    # With room again, the same command goes on.
+    # With space again, the same command resumes.
     resume(tmp_path, recipe)
     assert_same_run(run, straight)
 

@@ -202,7 +202,7 @@ def test_damaged_label_files_are_left_out_and_reported_where_asked_for(images, t
         for file in ("cross/cross_00.pt", "disc/disc_07.pt"):
             replaced = [line for line in out.splitlines() if f"cannot be used: {labels / file} is not a tok" in line]
             assert len(replaced) == 2, "two epochs"
-        assert "other images took the place of such as cannot be used 4 times" in out
+        assert "replaced unreadable training images 4 times" in out
 
     for file in (labels / "stripes").iterdir():
         damage(file, "NaN")

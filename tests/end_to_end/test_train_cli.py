@@ -130,10 +130,10 @@ def test_two_processes_are_the_run_of_one_process_in_two_passes(plain, two):
 def test_start_of_the_log_gives_effective_values(plain, two):
     head = plain[1].out
     assert "36 to train on, 12 to evaluate on" in head
-    assert "12 images a step, 12 a process, 2 passes of 6 a step\n" in head
-    assert "3 steps an epoch, 2 epochs; learning rate to 0.002, not scaled" in head
-    assert "decay 0.8: averages about 5 steps, 1.7 epochs" in head
-    assert "12 images a step, 6 a process\n" in two[1].out
+    assert "12 images per step, 12 per process in 2 passes of 6\n" in head
+    assert "2 epochs of 3 steps; learning rate up to 0.002, not scaled" in head
+    assert "decay 0.8: averages over about 5 steps, 1.7 epochs" in head
+    assert "12 images per step, 6 per process\n" in two[1].out
     assert head.count("EMA ") >= 1
 
 

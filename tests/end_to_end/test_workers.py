@@ -85,7 +85,7 @@ def test_where_others_take_over_the_run_is_the_same(recipe, tmp_path):
     ended.assert_done()
     assert ended.out.count("was ended by SIGKILL") == 1
     assert "others take over, and nothing is lost" in ended.out
-    assert "reading processes that died were replaced 1 times" in ended.out and "took the place" not in ended.out
+    assert "replaced dead data workers 1 times" in ended.out and "unreadable" not in ended.out
     one, other = (
         torch.load(tmp_path / name / "runs/run/last.pt", weights_only=True)["state_dict"]
         for name in ("straight", "killed")
@@ -105,10 +105,10 @@ def test_a_file_that_vanishes_in_the_middle_of_a_run(recipe, images, tmp_path, o
         ended.assert_failed(FAILED, f"cannot read {gone}", "data.on_error to skip")
     else:
         ended.assert_done()
-        times = ended.out.count(f"another image took the place of one that cannot be used: cannot read {gone}")
+        times = ended.out.count(f"replaced unreadable training image: cannot read {gone}")
         # Two workers hold four batches ahead, no more than two epochs' worth.
         assert 4 <= times <= 6
-        assert f"took the place of such as cannot be used {times} times" in ended.out and "died" not in ended.out
+        assert f"replaced unreadable training images {times} times" in ended.out and "dead" not in ended.out
 
 
 def test_storage_that_hangs_ends_the_run_with_the_file(recipe, images, tmp_path):

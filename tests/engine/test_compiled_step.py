@@ -45,7 +45,7 @@ def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geome
         batch.sidecar = maps
         losses = {name: learner.forward_backward(batch, 0, step, 0).total for name, learner in learners.items()}
         for learner in learners.values():
-            learner.update(1e-3, step)
+            learner.optimizer_step(1e-3, step)
         torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"], dict(counters["graph_break"])

@@ -48,7 +48,7 @@ def train(learner: Learner, batches: list[Batch], lr: float = 0.1, first: int = 
         for micro in range(plan.micro_batches):
             mine = chunk(batch, micro * plan.world_size + rank, plan.micro_size)
             losses.append(learner.forward_backward(mine, 0, step, micro).total.item())
-        norms.append(learner.update(lr, step).item())
+        norms.append(learner.optimizer_step(lr, step).item())
     average = None if learner.ema is None else copy.deepcopy(learner.ema.module.state_dict())
     return {"weights": copy.deepcopy(learner.model.state_dict()), "ema": average, "losses": losses, "norms": norms}
 
@@ -256,7 +256,7 @@ def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[B
         mine = chunk(batches[0], micro * size + rank, learner.layout.micro_size)
         learner.forward_backward(mine, 0, 0, micro)
         results["gradients"].append({name: p.grad.clone() for name, p in learner.model.named_parameters()})
-    learner.update(0.1, 0)
+    learner.optimizer_step(0.1, 0)
     results["two passes"] = train(learner, batches[1:], first=1)
     broadcast_buffers(learner.model)
     results["agreed"] = copy.deepcopy(learner.model.state_dict())

@@ -5,10 +5,12 @@ import torch
 from processes import run_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from volo.engine.meters import Throughput, Window, _CudaMark
+from volo.engine.meters import BottleneckHint, Throughput, TrainMeters, _CudaMark
 from volo.losses import LossTerms
 
-CPU = torch.device("cpu")
+
+def make_meters() -> TrainMeters:
+    return TrainMeters(torch.device("cpu"), BottleneckHint(workers=8, processes=1, cores=16))
 
 
 def terms(total: float, cls: float = 1.0, dense: float = 1.0) -> LossTerms:
@@ -28,34 +30,33 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-@pytest.fixture
-def started(clock) -> Window:
-    """A window that has its first wait behind it."""
-    window = Window(CPU)
-    with window.waiting():
-        clock.now += 60.0  # of workers that start
-    return window
-
-
-def test_means_and_rates_by_hand(clock, started):
-    window = started
-    for total in (1.0, 2.0, 6.0):
-        with window.waiting():
+def test_means_and_rates_by_hand(clock):
+    def batches():
+        clock.now += 60.0  # workers start, which no rate should show
+        yield 0.0
+        for total in (1.0, 2.0, 6.0):
             clock.now += 0.5
-        clock.now += 1.5
-        window.add_losses(terms(total, total / 2, 10 * total), step=0)
-        window.count_images(8)
-    window.grad_norm = torch.tensor(0.25)
-    expected = {"loss": 3.0, "loss_cls": 1.5, "loss_dense": 30.0, "grad_norm": 0.25}
-    assert window.close() == pytest.approx(expected | {"images_per_s": 4.0, "data_wait": 0.25})
-    assert window.pace == Throughput(images=24, seconds=6.0, waited=1.5)
+            yield total
 
+    meters = make_meters()
+    timed = meters.timed(batches())
+    assert next(timed) == 0.0
+    for total in timed:
+        clock.now += 1.5
+        meters.add_pass(terms(total, total / 2, 10 * total), step=0)
+        meters.add_step(8, torch.tensor(total / 4))
+    expected = {"loss": 3.0, "loss_cls": 1.5, "loss_dense": 30.0, "grad_norm": 1.5}
+    assert meters.close() == pytest.approx(expected | {"images_per_s": 4.0, "data_wait": 0.25})
+    assert meters.throughput == Throughput(images=24, seconds=6.0, waited=1.5)
+
+    clock.now += 1000.0  # an evaluation
+    meters.restart_clock()
     clock.now += 1.0
-    window.add_losses(terms(7.0), step=1)
-    window.count_images(5)
-    assert window.close() == pytest.approx(
+    meters.add_pass(terms(7.0), step=1)
+    meters.add_step(5, torch.tensor(0.25))
+    assert meters.close() == pytest.approx(
         {"loss": 7.0, "loss_cls": 1.0, "loss_dense": 1.0, "grad_norm": 0.25, "images_per_s": 5.0, "data_wait": 0.0}
-    ), "nothing is left of the window before"
+    ), "nothing is left of the time before"
 
 
 class Stream:
@@ -93,40 +94,33 @@ def test_on_cuda_only_an_idle_device_waits(monkeypatch, clock, reading, computin
     """The host is free at once after it launched a step, and waits for images while the device computes."""
     stream = Stream()
     monkeypatch.setattr("torch.cuda.Event", stream.event)
-    window = Window(CPU)
-    window._mark = _CudaMark
-    for step in range(3):
-        with window.waiting():
+
+    def batches():
+        for step in range(3):
             stream.host += reading
+            yield step
+
+    meters = make_meters()
+    meters._mark = _CudaMark
+    for step in meters.timed(batches()):
         stream.launch(computing)
-        window.add_losses(terms(1.0), step)
+        meters.add_pass(terms(1.0), step)
     clock.now += 12.0
-    window.count_images(6)
-    assert window.close()["data_wait"] == pytest.approx(waited / 12)
-
-
-def test_what_is_no_training_is_left_out_of_the_rates(clock, started):
-    window = started
-    clock.now += 1000.0  # an evaluation
-    window.restart_clock()
-    clock.now += 2.0
-    window.add_losses(terms(1.0), step=0)
-    window.count_images(4)
-    assert window.close()["images_per_s"] == pytest.approx(2.0)
+    assert meters.close()["data_wait"] == pytest.approx(waited / 12)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_the_first_loss_that_is_not_finite_is_named(clock, bad):
-    window = Window(CPU)
-    assert window.first_non_finite() is None
-    window.add_losses(terms(1.0), step=4)
-    window.add_losses(terms(bad, 1.0, bad), step=5)
-    window.add_losses(terms(bad, bad, bad), step=6)
-    window.add_losses(terms(1.0), step=7)
-    assert window.first_non_finite() == (5, ["loss", "loss_dense"])
+    meters = make_meters()
+    assert meters.first_non_finite() is None
+    meters.add_pass(terms(1.0), step=4)
+    meters.add_pass(terms(bad, 1.0, bad), step=5)
+    meters.add_pass(terms(bad, bad, bad), step=6)
+    meters.add_pass(terms(1.0), step=7)
+    assert meters.first_non_finite() == (5, ["loss", "loss_dense"])
     clock.now += 1
-    window.close()
-    assert window.first_non_finite() == (5, ["loss", "loss_dense"]), "a new window does not forget it"
+    meters.close()
+    assert meters.first_non_finite() == (5, ["loss", "loss_dense"]), "closing does not forget it"
 
 
 def test_adding_never_waits_for_the_device():
@@ -135,28 +129,67 @@ def test_adding_never_waits_for_the_device():
             assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal"), function
             return function(*args, **(kwargs or {}))
 
-    window = Window(CPU)
-    with NoWaiting(), window.waiting():
-        window.add_losses(terms(torch.nan), step=0)
-        window.count_images(3)
+    meters = make_meters()
+    with NoWaiting():
+        for _ in meters.timed([None]):
+            meters.add_pass(terms(torch.nan), step=0)
+            meters.add_step(3, torch.tensor(1.0))
 
 
 def of_ranks(rank: int, size: int) -> tuple:
     """Rank r adds losses r and 2r; the last rank meets a loss that is not finite at step 3, in one term."""
-    window = Window(CPU)
+    meters = make_meters()
     for value in (rank, 2 * rank):
-        window.add_losses(terms(float(value)), step=2)
-    window.count_images(10)
-    first = window.first_non_finite()
-    means = window.close()
+        meters.add_pass(terms(float(value)), step=2)
+    meters.add_step(10, torch.tensor(1.0))
+    first = meters.first_non_finite()
+    means = meters.close()
     if rank == size - 1:
-        window.add_losses(terms(torch.inf, torch.inf), step=3)
+        meters.add_pass(terms(torch.inf, torch.inf), step=3)
     else:
-        window.add_losses(terms(torch.nan), step=4)
-    return first, means["loss"], means["images_per_s"] > 0, 0 <= means["data_wait"] <= 1, window.first_non_finite()
+        meters.add_pass(terms(torch.nan), step=4)
+    return first, means["loss"], means["images_per_s"] > 0, 0 <= means["data_wait"] <= 1, meters.first_non_finite()
 
 
 def test_means_are_over_all_ranks_and_every_rank_hears_of_a_bad_loss():
     for size, results in run_group(of_ranks, sizes=(3, 2)).items():
         expected = (None, 1.5 * sum(range(size)) / size, True, True, (3, ["loss", "loss_cls"]))
         assert results == [expected] * size
+
+
+SLOW, FAST = Throughput(8120, 10.0, 3.7), Throughput(8120, 10.0, 0.99)
+
+
+def lines_with_hint(*lines: Throughput) -> list[int]:
+    hint = BottleneckHint(8, 1, 16)
+    return [number for number, throughput in enumerate(lines) if hint(throughput) is not None]
+
+
+def test_hint_comes_once_after_half_a_minute_and_not_from_the_first_line():
+    assert lines_with_hint(*[SLOW] * 20) == [3]
+    assert lines_with_hint(*[FAST] * 20) == []
+    assert lines_with_hint(Throughput(1, 1000.0, 900.0), *[FAST] * 20) == [], "start-up is left out"
+    assert lines_with_hint(*[FAST] * 7, *[SLOW] * 7) == [9], "a loader that becomes slow later is found, too"
+    assert lines_with_hint(FAST, Throughput(9, 29.0, 29.0), Throughput(9, 0.5, 0.5), Throughput(9, 0.5, 0.5)) == [3]
+
+
+@pytest.mark.parametrize(("waited", "given"), [(2.99, False), (3.0, True), (30.0, True)])
+def test_hint_is_given_from_a_tenth_of_the_time_on(waited, given):
+    assert lines_with_hint(FAST, Throughput(100, 30.0, waited)) == [1] * given
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "cores", "words"),
+    [
+        (8, 1, 16, ["8 data workers, 812 images/s", "1,289", "More data.workers", "9 of 16 cores"]),
+        (8, 4, 64, ["32 data workers on this machine"]),
+        (8, 4, 36, ["All 36 cores"]),
+        (0, 1, 16, ["reads the images itself, 812 images/s", "Set data.workers"]),
+    ],
+)
+def test_hint_says_how_much_and_what_may_help(workers, processes, cores, words):
+    hint = BottleneckHint(workers, processes, cores)
+    hint(FAST)
+    text = hint(Throughput(812 * 40, 40.0, 14.8))
+    assert text is not None and "\n" not in text
+    assert all(word in text for word in ["37 %", "scripts/benchmark/loader.py", *words]), text

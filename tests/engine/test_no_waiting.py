@@ -62,5 +62,5 @@ def test_a_step_waits_for_nothing(sections, tiny_config, make_batch, make_label_
     for step in range(3):
         for micro in range(learner.layout.micro_batches):
             loss = learner.forward_backward(batch, 0, step, micro).total
-        norm = learner.update(1e-3, step)
+        norm = learner.optimizer_step(1e-3, step)
     assert (loss.device, norm.device) == (META, META)

@@ -93,7 +93,7 @@ def test_no_hidden_wait(device, name):
                 torch.cuda.set_sync_debug_mode("error")
             for micro in range(learner.layout.micro_batches):
                 learner.forward_backward(batch, 0, step, micro)
-            learner.update(1e-3, step)
+            learner.optimizer_step(1e-3, step)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -125,6 +125,6 @@ def test_ddp_of_one_rank_trains_alike(device, process_group, micro_size, compile
                 last = micro == learner.layout.micro_batches - 1
                 with contextlib.nullcontext() if learner is plain or last else learner.wrapped.no_sync():
                     learner.forward_backward(make_batch(micro_size, step), 0, step, micro)
-            learner.update(0.1, step)
+            learner.optimizer_step(0.1, step)
     for (name, p), q in zip(plain.model.named_parameters(), ddp.model.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-3, name

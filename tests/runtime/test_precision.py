@@ -45,7 +45,7 @@ def test_one_step_in_every_precision(tiny_config, make_batch, choice, name, comp
 
     before = weights_of(learner)
     losses = [one.forward_backward(make_batch(4), 0, 0, 0).total.item() for one in (learner, full)]
-    norms = [one.update(0.1, 0).item() for one in (learner, full)]
+    norms = [one.optimizer_step(0.1, 0).item() for one in (learner, full)]
     assert seen == [computed_in]
     rel = 1e-6 if name == "fp32" else 0.02
     assert losses[0] == pytest.approx(losses[1], rel=rel)
@@ -69,7 +69,7 @@ def test_gradients_that_overflow_cost_a_step_and_nothing_else(tiny_config, make_
     learner.scaler.load_state_dict(scaler)
     before = weights_of(learner)
     terms = learner.forward_backward(make_batch(4), 0, 0, 0)
-    norm = learner.update(0.1, 0)
+    norm = learner.optimizer_step(0.1, 0)
     assert terms.total.isfinite() and not norm.isfinite()
     assert learner.scaler.get_scale() == 2.0**119
     for name, weight in weights_of(learner).items():
@@ -80,7 +80,7 @@ def test_gradients_that_overflow_cost_a_step_and_nothing_else(tiny_config, make_
 
     learner.scaler.load_state_dict(scaler | {"scale": 2.0**10})
     learner.forward_backward(make_batch(4), 0, 0, 0)
-    assert learner.update(0.1, 0).isfinite()
+    assert learner.optimizer_step(0.1, 0).isfinite()
     assert not torch.equal(learner.model.head.weight, before["head.weight"])
 
 
@@ -88,7 +88,7 @@ def test_without_fp16_a_broken_gradient_is_not_hidden(tiny_config, make_batch):
     learner = make_learner(tiny_config())
     learner.forward_backward(make_batch(4), 0, 0, 0)
     learner.model.head.bias.grad[0] = torch.inf
-    assert not learner.update(0.1, 0).isfinite()
+    assert not learner.optimizer_step(0.1, 0).isfinite()
     assert not learner.model.head.bias.isfinite().all()
 
 
@@ -144,7 +144,7 @@ def test_a_step_with_apex_is_a_step(tiny_config, make_batch, install_apex):
         halves = [make_batch(2, seed) for seed in (1, 2)]
         for micro, half in enumerate(halves):
             learner.forward_backward(half, 0, 0, micro)
-        learner.update(0.01, 0)
+        learner.optimizer_step(0.01, 0)
         results.append((weights_of(learner), dict(learner.ema.module.named_parameters())))
     assert learner.model.is_patched and type(learner.optimizer).__name__ == "FusedAdam"
     assert not learner.scaler.is_enabled() and len(batch) == 4

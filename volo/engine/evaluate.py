@@ -47,6 +47,9 @@ class Accuracy:
     def loss(self) -> float:
         return self._mean(self.loss_sum)
 
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}"
+
     def _mean(self, total: float) -> float:
         return total / self.images if self.images else float("nan")
 

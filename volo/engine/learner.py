@@ -1,8 +1,8 @@
-"""One optimizer step: the network with all that changes its weights.
+"""One optimizer step: the network with everything that changes its weights.
 
 B images of one pass, C classes. Every pass of a step is a chunk of the global batch; chunk k = pass * processes +
-rank, and all that is drawn for it is keyed by (seed, epoch, step, k), so that one process with two passes draws
-what two processes with one pass draw.
+rank, and everything drawn for it is keyed by (seed, epoch, step, k), so that one process with two passes draws what
+two processes with one pass draw.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ _logger = logging.getLogger("volo")
 
 
 class Inputs(NamedTuple):
-    """What one pass gives network and loss, on the device.
+    """What one pass feeds to network and loss, on the device.
 
     Args:
         images: [B, 3, H, W], normalised, erased and mixed.
-        targets: What the loss compares the logits with.
-        mix_box: MixToken's box on the final grid, int [4], or None.
+        targets: The targets of the loss.
+        mix_box: MixToken's box on the final token grid (top, left, bottom, right), int [4], or None.
     """
 
     images: Tensor
@@ -48,14 +48,14 @@ class Learner:
     """Network, loss, optimizer, gradient scaler and weight average of one process."""
 
     def __init__(self, config: Config, world: World, layout: BatchLayout, model: nn.Module, state: dict | None = None):
-        """Build what trains ``model``; ``state`` is a checkpoint of this run to resume from.
+        """Build what trains ``model``.
 
         Args:
             config: The options.
             world: This process.
-            layout: How the batch is spread.
-            model: The network on its device, equal on all ranks (volo.build.make_network).
-            state: The checkpoint, whose weights ``model`` already has; or None.
+            layout: How the batch is spread over processes and passes.
+            model: The network on its device, the same on all ranks (volo.build.make_network).
+            state: The checkpoint to resume from, whose weights ``model`` already has; or None.
         """
         self.config, self.world, self.layout = config, world, layout
         self.precision = Precision.resolve(config.train.precision, world.device)
@@ -77,14 +77,14 @@ class Learner:
         self.loss_terms = self.loss.terms
         if config.train.compile:
             self.model.compile()
-            # dynamic: a token lists more or fewer classes from batch to batch, where label maps are pooled.
+            # dynamic: with pooled label maps, a token lists more or fewer classes from batch to batch.
             self.loss_terms = torch.compile(self.loss.terms, dynamic=True)
         self.wrapped = self._distribute(self.model)
-        # After every rank got rank 0's weights; before, the ranks would average different ones.
+        # Only once every rank has rank 0's weights: earlier, the ranks would average different ones.
         self.ema = create_ema(self.model, config.ema)
         if state is not None:
             load_optimizer_state(self.optimizer, state["optimizer"])
-            if state["scaler"]:  # empty where the run had none until now
+            if state["scaler"]:  # empty if the run had none so far
                 self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -92,11 +92,11 @@ class Learner:
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
             return model
-        # Before each step rank 0's BatchNorm statistics go to every rank, so that a run which goes on from rank 0's
-        # checkpoint is the same run.
+        # Before each step rank 0's BatchNorm statistics go to every rank, so that a run resumed from its checkpoint
+        # is the same run.
         on_cpu = self.world.device.type == "cpu"
         devices = None if on_cpu else [self.world.device.index]
-        # Every step uses the same parameters; but a pass without an exchange must not come first in a static graph.
+        # Every step uses the same parameters; but in a static graph the first pass must exchange gradients.
         static = self.layout.micro_batches == 1 and not self.config.train.compile
         wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static)
         if on_cpu:
@@ -104,12 +104,12 @@ class Learner:
         return wrapped
 
     def forward_backward(self, batch: Batch, epoch: int, step: int, micro: int) -> LossTerms:
-        """Add the gradients of pass ``micro`` of a step; return its loss terms, on the device."""
+        """Add the gradients of pass ``micro`` (from 0) of a step; return its loss terms, on the device."""
         images, targets, mix_box = self.inputs(batch, epoch, step, micro)
         last = micro == self.layout.micro_batches - 1
         position = (epoch, step, micro * self.world.size + self.world.rank)
         torch.manual_seed(torch_seed(self.config.train.seed, "forward", *position))  # dropout and drop path
-        # Gradients travel between processes once a step, with the last pass.
+        # Gradients travel between processes once per step, in the last pass.
         with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
             with self.precision.autocast():
                 output = self.wrapped(images, mix_box)
@@ -118,7 +118,7 @@ class Learner:
         return terms
 
     def inputs(self, batch: Batch, epoch: int, step: int, micro: int) -> Inputs:
-        """Return what pass ``micro`` of a step gives network and loss; every draw is keyed by its place."""
+        """Return the inputs of pass ``micro`` of a step; every draw is keyed by its position."""
         config, device = self.config, self.world.device
         images, labels = normalise_and_erase(
             batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
@@ -134,7 +134,7 @@ class Learner:
         return Inputs(images, targets, mix_box)
 
     def _targets(self, batch: Batch, labels: Tensor) -> Targets:
-        """Return the targets of a batch: those of every token if there are label maps, else [B, C]."""
+        """Return the targets of a batch: of every token if there are label maps, else of the image alone."""
         config = self.config
         truth = soft_targets(labels, config.model.num_classes, config.loss.smoothing)  # [B, C]
         if batch.sidecar is None:
@@ -142,22 +142,22 @@ class Learner:
         maps = batch.sidecar.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
         return maps.targets(truth, self.grid, config.loss.smoothing, config.token_label.smoothing == "published")
 
-    def _backward(self, loss: torch.Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         if self.precision.name == "apex_o1":
             with require_apex_amp().scale_loss(loss, self.optimizer) as scaled:
                 scaled.backward()
         else:
             self.scaler.scale(loss).backward()
 
-    def update(self, lr: float, global_step: int) -> torch.Tensor:
-        """Step the optimizer at ``lr``, then the average; return the gradient norm before clipping."""
+    def optimizer_step(self, lr: float, global_step: int) -> Tensor:
+        """Clip, step the optimizer at ``lr``, then update the average; return the gradient norm before clipping."""
         config = self.config.optim
         set_learning_rate(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip_grad > 0 and config.clip_mode == "norm":
-            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)  # the norm is there already
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)  # the norm is known already
         elif config.clip_grad > 0:
             dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
         self.scaler.step(self.optimizer)
@@ -168,7 +168,7 @@ class Learner:
         return norm
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of the learner."""
         state = {
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
