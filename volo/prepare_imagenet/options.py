@@ -37,9 +37,9 @@ class IndexOptions:
     cache: str = "auto"
 
     @property
-    def expected(self) -> dict[str, int]:
+    def expected(self) -> dict[Literal["train", "val"], int]:
         """Number of images that each of the chosen splits should have."""
-        counts = {"train": self.expect_train, "val": self.expect_val}
+        counts: dict[Literal["train", "val"], int] = {"train": self.expect_train, "val": self.expect_val}
         return counts if self.split == "both" else {self.split: counts[self.split]}
 
 

@@ -245,11 +245,11 @@ def smaller(records: ImageRecords, index: int, options: ShardOptions, changes: C
 
 def _encoded(image: Image.Image, options: ShardOptions) -> bytes:
     scale = options.max_side / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     content = io.BytesIO()
     # The orientation tag stays, so that data.exif can still apply it.
     exif = {"exif": image.info["exif"]} if image.info.get("exif") else {}
-    image.resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=options.quality, **exif)
+    image.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=options.quality, **exif)
     return content.getvalue()
 
 

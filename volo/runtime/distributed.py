@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,7 +165,7 @@ def broadcast_object(value):
     return box[0]
 
 
-def on_main(action: Callable, share: Callable = lambda result: result):
+def on_main(action: Callable, share: Callable = lambda result: result) -> Any:
     """Run ``action`` on rank 0 alone; return its result there and ``share(result)`` on the others.
 
     What ``action`` raises is raised on rank 0; the others raise OtherRankFailed.

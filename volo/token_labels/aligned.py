@@ -80,7 +80,7 @@ class AlignedMaps:
         for name in TokenCells._fields:
             arrays = [getattr(sample, name) for sample in samples]
             shape = np.max([array.shape for array in arrays], axis=0)
-            stacked = np.zeros((len(arrays), *shape), dtype=arrays[0].dtype)
+            stacked: np.ndarray = np.zeros((len(arrays), *shape), dtype=arrays[0].dtype)
             for row, array in zip(stacked, arrays, strict=True):
                 row[tuple(slice(side) for side in array.shape)] = array
             columns[name] = torch.from_numpy(stacked)

@@ -41,6 +41,7 @@ def match_images(
     """
     header = labels.header
     if header.num_classes is None:
+        assert isinstance(labels, PublishedLabels)
         labels.expect_classes(num_classes)
     elif header.num_classes != num_classes:
         raise ValueError(
@@ -65,8 +66,8 @@ def match_images(
     if len(missing):
         raise ValueError(
             f"{labels.path} has no label for {len(missing):,} of {len(keys):,} images: "
-            f"{_some([keys[i] for i in missing])}. Its labels have names like {labels.key(0)!r}, so it may belong "
-            "to other images. Give the labels of these images, or generate them with "
+            f"{_some([keys[i] for i in missing.tolist()])}. Its labels have names like {labels.key(0)!r}, so it may "
+            "belong to other images. Give the labels of these images, or generate them with "
             "scripts/generate_token_labels.py"
         )
     return entries

@@ -85,6 +85,7 @@ def image_names(options: PackOptions) -> PackedNames:
 
     Images in a folder may be of any class. Archives may need the class list to know the names.
     """
+    assert options.images is not None
     folder = Path(options.images)
     if folder.is_dir() and (names := sorted(name for name in files_below(folder) if has_image_suffix(name))):
         return PackedNames.of(names)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from volo.data.pixels.crop import ResizedCrop
+from volo.data.pixels.crop import ResizedCrop, Shift
 from volo.data.pixels.rand_augment import Op
 from volo.data.pixels.transforms import Plan
 from volo.token_labels.store import TokenLabelMap
@@ -88,6 +88,7 @@ def _crop_map(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) ->
     if isinstance(crop, ResizedCrop):
         height, width = image_hw
         return np.array([[crop.width / width, 0.0, crop.left / width], [0.0, crop.height / height, crop.top / height]])
+    assert isinstance(crop, Shift), crop
     height, width = out_hw
     return np.array([[1.0, 0.0, crop.left / width], [0.0, 1.0, crop.top / height]])
 

@@ -231,6 +231,7 @@ def _check_header(header: StoreHeader) -> None:
         raise ValueError(f"covers is {header.covers!r}, allowed is {' or '.join(COVERS)}")
     if header.exif not in EXIF_MODES:
         raise ValueError(f"exif is {header.exif!r}, allowed is {' or '.join(EXIF_MODES)}")
+    assert header.num_classes is not None
     if not 1 <= header.num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {header.num_classes}; a store holds class indices of 1 ... {MAX_CLASSES:,}")
     if not 1 <= header.top_k <= header.num_classes:

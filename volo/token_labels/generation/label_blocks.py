@@ -60,7 +60,7 @@ class BlockFolder:
         start = number * self.block_size
         return range(start, min(start + self.block_size, self.num_images))
 
-    def open(self, options: dict[str, str]) -> None:
+    def open(self, options: dict[str, str | int]) -> None:
         """Make the folder, or resume in it.
 
         Args:

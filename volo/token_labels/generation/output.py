@@ -94,7 +94,8 @@ def write_output(
             writer(options, records, teacher, labels())
         except Stopped:
             return None
-    return Totals(*counts.tolist(), skipped)
+    images, top1, top5 = counts.tolist()
+    return Totals(images, top1, top5, skipped)
 
 
 def write_packed(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,7 +34,7 @@ class Teacher:
 
     Args:
         name: The name that the user gave.
-        model: In evaluation mode; has ``forward_features``.
+        model: A module in evaluation mode, with ``forward_features``.
         classify: Returns the logits from the model, its features and (H, W).
         num_classes: C.
         input: The size of its input.
@@ -42,8 +42,8 @@ class Teacher:
     """
 
     name: str
-    model: nn.Module
-    classify: Callable[[nn.Module, Tensor, tuple[int, int]], TeacherLogits]
+    model: Any
+    classify: Callable[[Any, Tensor, tuple[int, int]], TeacherLogits]
     num_classes: int
     input: TeacherInput
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
@@ -60,7 +60,7 @@ class Teacher:
                 "it cannot label cells; take another teacher"
             )
         features = features.to(next(self.model.parameters()).dtype)
-        return self.classify(self.model, features, tuple(images.shape[-2:]))
+        return self.classify(self.model, features, (images.shape[-2], images.shape[-1]))
 
     def check(self, device: torch.device) -> tuple[int, int]:
         """Label one black image; return the (rows, columns) of its map. ValueError if that fails."""
@@ -108,7 +108,7 @@ def volo_logits(model: VOLO, features: Tensor, image_hw: tuple[int, int]) -> Tea
     return TeacherLogits(cells.unflatten(1, model.grid_size), image)
 
 
-def timm_logits(model: nn.Module, features: Tensor, image_hw: tuple[int, int]) -> TeacherLogits:
+def timm_logits(model: Any, features: Tensor, image_hw: tuple[int, int]) -> TeacherLogits:
     """Classify cells with timm's own head: each cell is passed to it as if it were an image of one cell.
 
     So everything that a model does after pooling (norm, convolution, several heads) is done to the cell. A token is

@@ -4,12 +4,14 @@ C classes, [H, W] the size of the input.
 """
 
 import difflib
+from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.config import resolve_model_data_config
 from timm.models import clean_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from volo.models import create_model, get_architecture, list_models, load_checkpoint
 from volo.token_labels.generation.teacher import Teacher, first_line, timm_logits, volo_logits
@@ -68,13 +70,13 @@ def _timm_teacher(name: str, num_classes: int, pretrained: bool, image_hw: tuple
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"--teacher timm:{name}: timm {timm.__version__} has no such model; {hint}timm.list_models()")
-    options = {} if pretrained else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
     try:
         config = timm.get_pretrained_cfg(name)
         is_fixed = bool(config and config.fixed_input_size)
         if is_fixed and image_hw is not None:
             options["img_size"] = image_hw
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        model: Any = timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:
         raise WeightsNotFetched(
             f"the weights of timm:{name} cannot be downloaded: {first_line(error).rstrip('.;')}. Without a network, "
@@ -93,7 +95,7 @@ def _timm_teacher(name: str, num_classes: int, pretrained: bool, image_hw: tuple
     return Teacher(f"timm:{name}", model, timm_logits, model.num_classes, teacher_input, mean, std)
 
 
-def _load_timm(model: nn.Module, file: dict, path: str, use_ema: bool) -> None:
+def _load_timm(model: Any, file: dict, path: str | None, use_ema: bool) -> None:
     """Load all weights from a file of timm, or one that holds only weights; ValueError if they do not fit."""
     names = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
     weights = next((file[name] for name in names if isinstance(file.get(name), dict)), None)
@@ -130,6 +132,7 @@ def _volo_teacher(
     size = image_hw or model_config.get("img_size") or _size_of(name, file) or 224
     model = create_model(name, img_size=size, num_classes=num_classes, **changes)
     if file is not None:
+        assert path is not None
         report = load_checkpoint(model, path, use_ema=use_ema)
         if report.dropped_heads:
             raise ValueError(_other_count(path, report.num_classes, num_classes))
@@ -146,7 +149,8 @@ def _volo_teacher(
 
 def _size_of(name: str, file: dict | None) -> tuple[int, int] | None:
     """Return the input size that a file's position embedding is for; None if the file has none."""
-    weights = next((file[key] for key in ("state_dict", "state_dict_ema") if (file or {}).get(key)), file or {})
+    content = file or {}
+    weights = next((content[key] for key in ("state_dict", "state_dict_ema") if content.get(key)), content)
     pos_embed = next((value for key, value in weights.items() if key.split(".")[-1] == "pos_embed"), None)
     if pos_embed is None or pos_embed.ndim != 4:
         return None
@@ -155,7 +159,7 @@ def _size_of(name: str, file: dict | None) -> tuple[int, int] | None:
     return pos_embed.shape[1] * unit, pos_embed.shape[2] * unit
 
 
-def _other_count(what: str, has: int, wanted: int) -> str:
+def _other_count(what: str | None, has: int, wanted: int) -> str:
     return (
         f"{what} has {has} classes, but the class list has {wanted}. Take a teacher of these classes, or give the "
         "teacher's classes with --class_list"

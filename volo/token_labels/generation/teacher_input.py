@@ -5,8 +5,9 @@ costs both of them an open file.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def read_chunks(
     workers: int,
     timeout_seconds: float = 0,
     replace_workers: bool = False,
-) -> tuple[Iterator[Chunk], list[int]]:
+) -> tuple[Generator[Chunk, None, None], list[int]]:
     """Return the chunks of ``blocks``, in order, and the number of chunks of each block.
 
     The iterator raises :class:`volo.data.workers.WorkerFailed` if a worker dies or hangs.
@@ -142,9 +143,10 @@ def read_chunks(
         replace_workers: Replace a worker that dies, instead of raising an error.
     """
     chunked = [[block[start : start + _CHUNK] for start in range(0, len(block), _CHUNK)] for block in blocks]
-    chunks = [chunk for block in chunked for chunk in block]
+    chunks: list[Any] = [chunk for block in chunked for chunk in block]
+    images: Any = _TeacherImages(records, teacher_input, covers, exif)
     reader = BatchReader(
-        _TeacherImages(records, teacher_input, covers, exif),
+        images,
         lambda number: iter(chunks[number:]),
         workers=min(workers, len(chunks)),
         pin_memory=False,
@@ -154,7 +156,7 @@ def read_chunks(
     return _all_of(reader, len(chunks)), [len(block) for block in chunked]
 
 
-def _all_of(reader: BatchReader, count: int) -> Iterator[Chunk]:
+def _all_of(reader: Any, count: int) -> Generator[Chunk, None, None]:
     try:
         for number in range(count):
             yield reader.read(number)
