@@ -307,6 +307,7 @@ def _become(job: dict, rank: dict) -> None:
     if job["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
     sys.argv = [job["program"], *job["words"]]
+    sys.path.insert(0, str(Path(job["program"]).parent))  # as Python does
     runpy.run_path(job["program"], run_name="__main__")
 
 

@@ -1,6 +1,6 @@
-"""scripts/generate_token_labels.py: the labels it makes, and how it ends, goes on, and refuses.
+"""scripts/generate_token_labels.py: its labels, exit codes, resuming, and what it refuses.
 
-Most tests call its body; those about its command line, exit codes, signals and ranks run the program.
+Most tests call its body; those about the command line, exit codes, signals and ranks run the program.
 """
 
 import contextlib
@@ -8,11 +8,12 @@ import logging
 import os
 import re
 import signal
-import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import formats
+import huggingface_hub.constants
 import numpy as np
 import programs
 import pytest
@@ -30,6 +31,7 @@ from volo.token_labels.generation.labeller import Labeller
 from volo.token_labels.generation.options import GenerateOptions
 from volo.token_labels.generation.run import run_generation
 from volo.token_labels.generation.teacher import Teacher, timm_logits
+from volo.token_labels.generation.teacher_factory import WeightsNotFetched
 from volo.token_labels.generation.teacher_input import TeacherInput, read_chunks
 from volo.token_labels.pt_folder import PublishedLabels
 from volo.token_labels.store import TokenLabelStore, label_key
@@ -44,7 +46,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As in the programs that are started: sums are the same to the last bit."""
+    """As in the programs that are started, so that sums are the same to the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +63,7 @@ def quiet_logger():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Eight classes of four images, each of another shape, with nothing in common but their class's colours."""
+    """Eight classes of four noise images, each of another shape."""
     root = tmp_path_factory.mktemp("images")
     for number, name in enumerate(CLASSES):
         (root / name).mkdir()
@@ -73,7 +75,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def random_teacher(model: nn.Module) -> nn.Module:
-    """Give every weight a value of its own, so that images differ in what it says of them."""
+    """Add noise to every weight, so that predictions differ between images."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         with torch.no_grad():
@@ -83,7 +85,7 @@ def random_teacher(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def volo(tmp_path_factory) -> Path:
-    """A checkpoint of a small VOLO as train.py writes it, with all that the teacher is to take from it."""
+    """A checkpoint of a small VOLO as train.py writes it."""
     model = random_teacher(create_model("volo_nano", img_size=32, num_classes=8, **ARCHITECTURE, stem_hidden_dim=8))
     config = {
         "model": {**programs.SMALL["model"], "num_classes": 8, "qkv_bias": None},
@@ -125,7 +127,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 def expected_labels(model: nn.Module, tokens_of, images: Path, size, resample, mean, std, k: int):
-    """Top scores and classes of every image, and counts of right ones, image by image and with Pillow alone."""
+    """Top scores and classes of every image, and top-1 and top-5 hits, image by image and with only Pillow."""
     labels, right = {}, Counter()
     for number, name in enumerate(CLASSES):
         for path in sorted((images / name).iterdir()):
@@ -158,7 +160,7 @@ def assert_accuracy(out: str, right: Counter) -> None:
     )
 
 
-def test_labels_of_a_volo_checkpoint_of_ours(images, volo, tmp_path, capsys):
+def test_labels_of_a_volo_checkpoint(images, volo, tmp_path, capsys):
     assert run_generation(options(images, tmp_path / "labels", "volo_nano", volo, top_k=3)) == DONE
     out = capsys.readouterr().out
     model = create_model("volo_nano", img_size=32, num_classes=8, **ARCHITECTURE, stem_hidden_dim=8).eval()
@@ -179,7 +181,7 @@ def test_labels_of_a_volo_checkpoint_of_ours(images, volo, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["labels"]
 
 
-def test_labels_of_a_cnn_have_the_aspect_of_their_image(images, cnn, tmp_path, capsys):
+def test_labels_of_a_cnn_have_the_aspect_ratio_of_their_image(images, cnn, tmp_path, capsys):
     assert run_generation(options(images, tmp_path / "labels", "timm:test_resnet", cnn, img_size=96, top_k=5)) == DONE
     model = timm.create_model("test_resnet", num_classes=8).eval()
     model.load_state_dict(torch.load(cnn))
@@ -206,7 +208,7 @@ def test_labels_of_a_cnn_have_the_aspect_of_their_image(images, cnn, tmp_path, c
 
 
 class Colours(nn.Module):
-    """A classifier whose class is the channel that is brightest; a cell is the mean of 8 x 8 pixels."""
+    """A classifier that predicts the brightest channel; a cell is the mean of 8 x 8 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -221,8 +223,8 @@ class Colours(nn.Module):
 
 @pytest.mark.parametrize("keeps_aspect", [True, False])
 @pytest.mark.parametrize("covers", ["whole_image", "center_crop"])
-def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, covers, tmp_path):
-    """Left red, right blue; above green, below blue: each cell shows the colour that is in its place."""
+def test_rows_and_columns_of_the_map_match_the_image(keeps_aspect, covers, tmp_path):
+    """Left red, right blue; top green, bottom blue: each cell predicts the colour at its place."""
     pixels = np.zeros((2, 50, 100, 3), dtype=np.uint8)
     pixels[0, :, :50, 0] = pixels[0, :, 50:, 2] = 255
     pixels[1, :25, :, 1] = pixels[1, 25:, :, 2] = 255
@@ -242,7 +244,6 @@ def test_rows_and_columns_of_the_map_are_those_of_the_image(keeps_aspect, covers
     np.testing.assert_array_equal(sides.classes[0], [[0] * (cols // 2) + [2] * (cols // 2)] * rows)
     assert (halves.classes[0, : rows // 2] == 1).all()
     assert (halves.classes[0, (rows + 1) // 2 :] == 2).all()
-    # What is seen of the image: all of it, or the middle.
     np.testing.assert_allclose(sides.scores[0, :, 0], 10, atol=0.1)
 
 
@@ -260,7 +261,7 @@ def test_published_format_holds_the_same_labels(images, volo, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-def test_how_images_were_turned_is_written_down(images, cnn, tmp_path, capsys):
+def test_image_orientation_is_recorded(images, cnn, tmp_path, capsys):
     for layout in ("packed", "published"):
         given = options(images, tmp_path / layout, "timm:test_resnet", cnn, img_size=64, exif="apply", format=layout)
         assert run_generation(given) == DONE
@@ -272,7 +273,7 @@ def test_how_images_were_turned_is_written_down(images, cnn, tmp_path, capsys):
     )
 
 
-def test_size_and_class_count_of_a_bare_volo_file_are_read_off_it(images, tmp_path):
+def test_size_and_class_count_of_a_bare_volo_file_are_taken_from_it(images, tmp_path):
     model = create_model("volo_nano", img_size=(48, 32), num_classes=8)
     torch.save({"module." + key: value for key, value in model.state_dict().items()}, tmp_path / "bare.pth")
     given = options(images, tmp_path / "labels", "volo_nano", tmp_path / "bare.pth", top_k=1)
@@ -285,7 +286,7 @@ def test_size_and_class_count_of_a_bare_volo_file_are_read_off_it(images, tmp_pa
 
 @pytest.fixture(scope="module")
 def uninterrupted(images, cnn, tmp_path_factory) -> dict[str, bytes]:
-    """The store of one process without a break."""
+    """The store of one uninterrupted process."""
     output = tmp_path_factory.mktemp("uninterrupted") / "labels"
     assert run_generation(options(images, output, "timm:test_resnet", cnn)) == DONE
     return content(output)
@@ -298,7 +299,7 @@ def test_labels_of_an_archive_are_those_of_the_folder(images, cnn, uninterrupted
 
 
 class Held:
-    """The images, with a pipe in the place of the 17th: what reads it waits there, in the third block of seven."""
+    """The images, with a pipe in place of the 17th, at which a run waits in the third block of seven."""
 
     def __init__(self, images: Path, root: Path):
         self.root = root
@@ -312,10 +313,10 @@ class Held:
         os.mkfifo(self.pipe)
 
     def send(self, signum: int, process: int) -> None:
-        """Send a signal to the process when it has come to the pipe; then the pipe ends, and the image is there."""
+        """Send a signal to the process when it reads the pipe; then close the pipe."""
         end = None
         while end is None:
-            os.kill(process, 0)  # raises where it has ended before
+            os.kill(process, 0)  # raises if it has ended
             with contextlib.suppress(OSError):  # nobody has opened the pipe for reading yet
                 end = os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK)
             os.sched_yield()
@@ -328,7 +329,7 @@ class Held:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, STOPPED)])
-def test_a_run_goes_on_after_a_signal_to_the_same_store(signum, code, images, cnn, uninterrupted, tmp_path, capsys):
+def test_a_run_resumes_after_a_signal_with_the_same_store(signum, code, images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
     given = options(held.root, tmp_path / "labels", "timm:test_resnet", cnn)
     started = programs.start(GENERATE, *words(given), cwd=tmp_path)
@@ -348,7 +349,7 @@ def test_a_run_goes_on_after_a_signal_to_the_same_store(signum, code, images, cn
     assert not (tmp_path / "labels.parts").exists()
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on(images, cnn, uninterrupted, tmp_path, capsys):
+def test_a_signal_to_one_of_two_processes_stops_both_and_one_resumes(images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
     given = options(held.root, tmp_path / "labels", "timm:test_resnet", cnn)
     started = programs.start(GENERATE, *words(given), cwd=tmp_path, ranks=2)
@@ -372,7 +373,7 @@ def test_two_processes_make_the_same_store(images, cnn, uninterrupted, tmp_path)
     assert other.out == ""
 
 
-def test_a_full_disk_ends_it_with_the_reason_and_it_goes_on_later(images, cnn, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_can_be_resumed(images, cnn, tmp_path):
     given = options(images, tmp_path / "labels", "timm:test_resnet", cnn, img_size=320)
     full = programs.run(GENERATE, *words(given), cwd=tmp_path, largest_file=4000)
     full.assert_failed(FAILED, "disk is full")
@@ -380,34 +381,30 @@ def test_a_full_disk_ends_it_with_the_reason_and_it_goes_on_later(images, cnn, t
     assert run_generation(given) == DONE
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"covers": "center_crop"}, {"top_k": 4}, {"img_size": 128}, {"exif": "apply"}, {"precision": "bf16"}],
-    ids=lambda change: next(iter(change)),
-)
-def test_other_options_do_not_mix_with_what_is_done(change, images, cnn, tmp_path):
-    folder = BlockFolder(tmp_path / "labels.parts", NUM_IMAGES, 7, 5)
+def test_blocks_of_other_options_weights_or_images_are_not_mixed(images, cnn, tmp_path):
     given = options(images, tmp_path / "labels", "timm:test_resnet", cnn)
     _leave_parts(given, tmp_path)
-    with pytest.raises(UsageError, match=f"other options: {next(iter(change))} was"):
-        run_generation(options(images, tmp_path / "labels", "timm:test_resnet", cnn, **change))
-    assert len(folder.remaining()) == 4
-
-
-def test_other_weights_or_images_do_not_mix_with_what_is_done(images, cnn, tmp_path):
-    _leave_parts(options(images, tmp_path / "labels", "timm:test_resnet", cnn), tmp_path)
-    with pytest.raises(UsageError, match="other options: weights was"):
-        run_generation(options(images, tmp_path / "labels", "timm:test_resnet", None, random_weights=True))
     fewer = tmp_path / "fewer"
     for name in CLASSES:
         (fewer / name).mkdir(parents=True)
         (fewer / name / "one.png").symlink_to(images / name / "0.v1.png")
-    with pytest.raises(UsageError, match="other options: list of images was 32, .* now 8, "):
-        run_generation(options(fewer, tmp_path / "labels", "timm:test_resnet", cnn))
+    changes = {
+        "covers": {"covers": "center_crop"},
+        "top_k": {"top_k": 4},
+        "img_size": {"img_size": 128},
+        "exif": {"exif": "apply"},
+        "precision": {"precision": "bf16"},
+        "weights": {"teacher_checkpoint": None, "random_weights": True},
+        "list of images": {"images": str(fewer)},
+    }
+    for name, change in changes.items():
+        with pytest.raises(UsageError, match=f"other options: {name} was"):
+            run_generation(replace(given, **change))
+    assert len(BlockFolder(tmp_path / "labels.parts", NUM_IMAGES, 7, 5).remaining()) == 4
 
 
 def _leave_parts(given: GenerateOptions, place: Path) -> None:
-    """Have a run done but for the last four of its five blocks: one that was stopped in the middle."""
+    """Leave one of five blocks, as a run does that was stopped in the middle; its finished labels go to "done"."""
     assert run_generation(given) == DONE
     (place / "labels").rename(place / "done")
     with pytest.MonkeyPatch.context() as patch:
@@ -425,7 +422,7 @@ def _first_block_only(write):
     return writing
 
 
-def test_a_damaged_block_is_named_and_made_anew(images, cnn, tmp_path):
+def test_a_damaged_block_is_named_and_made_again(images, cnn, tmp_path):
     given = options(images, tmp_path / "labels", "timm:test_resnet", cnn)
     _leave_parts(given, tmp_path)
     block = tmp_path / "labels.parts" / "block-000000.npz"
@@ -454,7 +451,7 @@ def broken_images(images, tmp_path) -> Path:
     return root
 
 
-def test_an_unreadable_image_ends_it_or_is_left_out_and_listed(broken_images, volo, tmp_path, capsys):
+def test_an_unreadable_image_is_an_error_or_is_skipped_and_listed(broken_images, volo, tmp_path, capsys):
     given = options(broken_images, tmp_path / "labels", "volo_nano", volo)
     with pytest.raises(ValueError, match=r"class_2/bad\.png.*--on_error skip"):
         run_generation(given)
@@ -470,7 +467,7 @@ def test_an_unreadable_image_ends_it_or_is_left_out_and_listed(broken_images, vo
     assert (TokenLabelStore(tmp_path / "labels").find(keys) >= 0).tolist() == [True, False, True, False]
 
 
-def test_scores_that_are_no_numbers_are_named(images, tmp_path):
+def test_scores_that_are_not_finite_are_named(images, tmp_path):
     model = timm.create_model("test_resnet", num_classes=8)
     with torch.no_grad():
         model.fc.bias[3] = 70000  # beyond float16
@@ -518,15 +515,15 @@ REFUSED = {
 }
 
 
-def test_pretrained_weights_that_cannot_be_fetched_are_no_wrong_usage(images, tmp_path):
-    command = words(options(images, tmp_path / "labels", "timm:test_resnet", None))
-    network = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    process = programs.launch(sys.executable, GENERATE, *command, cwd=tmp_path, **network)
-    programs.finish(process).assert_failed(FAILED, "weights of timm:test_resnet", "--teacher_checkpoint FILE")
+def test_pretrained_weights_that_cannot_be_downloaded_are_not_wrong_usage(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(WeightsNotFetched, match="timm:test_resnet .*--teacher_checkpoint FILE"):
+        run_generation(options(images, tmp_path / "labels", "timm:test_resnet", None))
 
 
 @pytest.mark.parametrize(("change", "told"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused_before_any_work(change, told, images, cnn, tmp_path):
+def test_invalid_options_are_refused_before_any_work(change, told, images, cnn, tmp_path):
     given = vars(options(images, tmp_path / "labels", "timm:test_resnet", cnn)) | change
     with pytest.raises(UsageError, match=re.escape(told)):
         run_generation(GenerateOptions(**given))
@@ -546,7 +543,7 @@ def test_a_teacher_of_other_classes_is_refused(images, volo, cnn, tmp_path):
         run_generation(options(images, tmp_path / "labels", "volo_tiny", volo))
 
 
-def test_an_output_that_is_there_is_not_touched(images, cnn, tmp_path):
+def test_an_existing_output_is_not_touched(images, cnn, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "mine").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
@@ -558,7 +555,7 @@ def test_an_output_that_is_there_is_not_touched(images, cnn, tmp_path):
     assert (tmp_path / "labels/mine").exists() and (tmp_path / "other.parts/mine").exists()
 
 
-def test_two_images_of_one_name_are_refused(images, cnn, tmp_path):
+def test_two_images_that_would_share_a_label_are_refused(images, cnn, tmp_path):
     for name in CLASSES:
         (tmp_path / "twins" / name).mkdir(parents=True)
         (tmp_path / "twins" / name / "a.x.png").symlink_to(images / name / "0.v1.png")
