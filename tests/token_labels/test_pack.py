@@ -1,22 +1,20 @@
-"""scripts/pack_token_labels.py: what it makes of a folder of label files, and how it ends.
+"""scripts/pack_token_labels.py: the store it makes of a folder of label files, and its exit codes.
 
-Most tests call its body; those about the command line, its exit codes and its end by a signal run the program.
+Most tests call its body; those about the command line, exit codes and signals run the program.
 """
 
 import contextlib
 import logging
-import multiprocessing
 import os
-import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import formats
 import numpy as np
+import programs
 import pytest
 import torch
+from programs import FAILED, ROOT, USAGE
 
 from volo.data.sources.records import imagenet_classes
 from volo.runtime.program import UsageError
@@ -24,8 +22,7 @@ from volo.token_labels.opening import open_labels
 from volo.token_labels.pack import PackOptions, run_packing
 from volo.token_labels.store import TokenLabelStore
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "pack_token_labels.py"
-FORK = multiprocessing.get_context("fork")
+SCRIPT = ROOT / "scripts" / "pack_token_labels.py"
 
 
 @pytest.fixture(autouse=True)
@@ -75,42 +72,6 @@ def assert_holds(store: TokenLabelStore, labels: dict[str, torch.Tensor]) -> Non
         np.testing.assert_array_equal(classes, tensor[1].numpy())
 
 
-class Program:
-    """The script in a process forked from this one, which has the seconds of imports behind it."""
-
-    def __init__(self, *words):
-        reading, writing = os.pipe()
-        self._process = FORK.Process(target=_be_the_program, args=([*map(str, words)], writing))
-        self._process.start()
-        os.close(writing)
-        self._out = open(reading, encoding="utf-8")  # noqa: SIM115 (closed by end)
-        self.pid = self._process.pid
-
-    def follow(self, words: str) -> None:
-        """Read its output up to a line that holds ``words``."""
-        seen = []
-        for line in self._out:
-            seen.append(line)
-            if words in line:
-                return
-        raise AssertionError(f"no line with {words!r}: {seen}")
-
-    def end(self) -> tuple[int, list[str]]:
-        """Wait for it; return its exit code and the lines it has printed since."""
-        lines = self._out.read().splitlines()
-        self._out.close()
-        self._process.join()
-        return self._process.exitcode, lines
-
-
-def _be_the_program(words: list[str], descriptor: int) -> None:
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-    sys.argv = [str(SCRIPT), *words]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 # ------------------------------------------------------------------------------------------------ what is packed
 
 
@@ -129,7 +90,7 @@ def test_published_labels_are_packed(source, capsys):
     assert "packing  step 12/12" in out and "ETA" in out
 
 
-def test_labels_of_an_own_data_set(tmp_path):
+def test_labels_of_another_data_set(tmp_path):
     labels = {f"deep/er/x{i}": label(i, num_classes=7) for i in range(3)} | {"top": label(9, num_classes=7)}
     names = tmp_path / "classes.txt"
     names.write_text("\n".join("abcdefg"))
@@ -146,12 +107,12 @@ def test_labels_of_an_own_data_set(tmp_path):
     assert (store.header.teacher, store.header.covers, store.header.classes) == ("mine", "whole_image", (*"abcdefg",))
 
 
-def test_number_of_classes_without_their_names(tmp_path):
+def test_a_number_of_classes_without_names(tmp_path):
     store = pack(save(tmp_path / "labels", {"a/x": label(0, num_classes=7)}), num_classes=7)
     assert (store.header.num_classes, store.header.classes) == (7, None)
 
 
-def test_images_give_the_keys_where_file_names_were_cut(tmp_path, capsys):
+def test_images_give_the_keys_if_file_names_were_cut(tmp_path, capsys):
     """The published code calls the label of n1/a.b.JPEG n1/a.pt; our key of that image is n1/a.b."""
     source = save(tmp_path / "labels", {f"{N[1]}/a": label(0), f"{N[1]}/c": label(1), f"{N[1]}/spare": label(2)})
     for name in (f"{N[1]}/a.b.JPEG", f"{N[1]}/c.png", f"{N[1]}/notes.txt", ".hidden.png"):
@@ -253,16 +214,14 @@ def test_command_line_mistakes(tmp_path):
         (["--source", "x", "--output", "y", "--covers", "crop"], "crop"),
         (["--source", "x", "--output", "y", "--over", "true"], "--over"),
     ):
-        code, lines = Program(*words).end()
-        assert code == 2 and told in lines[-1], lines
+        programs.run(SCRIPT, *words, cwd=tmp_path).assert_failed(USAGE, told)
 
 
-def test_program_ends_with_its_reason(source, tmp_path):
-    code, lines = Program("--source", tmp_path / "none", "--output", tmp_path / "store").end()
-    assert code == 2 and lines[-1].startswith(f"error: {tmp_path}/none is not a folder; ")
+def test_exit_codes(source, tmp_path):
+    words = ("--output", tmp_path / "store", "--source")
+    programs.run(SCRIPT, *words, "none", cwd=tmp_path).assert_failed(USAGE, f"{tmp_path}/none is not a folder")
     save(source, {f"{N[1]}/bad": label(0) * torch.nan})
-    code, lines = Program("--source", source, "--output", tmp_path / "store").end()
-    assert code == 1 and lines[-1].startswith(f"error: {source}/{N[1]}/bad.pt is not a token label: "), lines
+    programs.run(SCRIPT, *words, source, cwd=tmp_path).assert_failed(FAILED, f"{source}/{N[1]}/bad.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["labels"]
 
 
@@ -271,27 +230,27 @@ STUCK = f"{N[1]}/n1_10"
 
 @pytest.fixture
 def stuck(source):
-    """A packing that waits in the middle: one of its label files is a pipe that nobody writes to."""
+    """A program that waits in the middle: one of its label files is a pipe that nobody writes to."""
     (source / f"{STUCK}.pt").unlink()
     os.mkfifo(source / f"{STUCK}.pt")
-    program = Program("--source", source, "--output", source.parent / "store")
+    program = programs.start(SCRIPT, "--source", source, "--output", "store", cwd=source.parent)
     program.follow("packing  step 5/12")  # four files of n0, and n1/n1_1
     yield program
     with contextlib.suppress(ProcessLookupError):
-        os.kill(program.pid, signal.SIGKILL)
+        os.kill(program.pids[0], signal.SIGKILL)
 
 
-def test_killed_program_leaves_nothing_that_opens(source, stuck, capsys):
+def test_a_killed_program_leaves_nothing_that_opens(source, stuck, capsys):
     parent = source.parent
     with pytest.raises(UsageError, match="another process is writing"):
         pack(source)
-    os.kill(stuck.pid, signal.SIGKILL)
-    assert stuck.end()[0] == -signal.SIGKILL
+    os.kill(stuck.pids[0], signal.SIGKILL)
+    assert stuck.finish()[0].code == -signal.SIGKILL
     left = [p for p in parent.iterdir() if p != source]
     assert [p.name for p in left] == [".store.partial"]
-    for place in (*left, parent / "store"):
+    for path in (*left, parent / "store"):
         with pytest.raises(ValueError, match="is not a (store|folder)"):
-            open_labels(place)
+            open_labels(path)
 
     (source / f"{STUCK}.pt").unlink()
     save(source, {STUCK: LABELS[STUCK]})
@@ -300,23 +259,21 @@ def test_killed_program_leaves_nothing_that_opens(source, stuck, capsys):
     assert {p.name for p in parent.iterdir()} == {"labels", "store"}
 
 
-def test_interrupted_program_cleans_up(source, stuck):
-    os.kill(stuck.pid, signal.SIGINT)
-    code, lines = stuck.end()
-    assert code == 1 and lines[-1].startswith("error: interrupted"), lines
+def test_an_interrupted_program_cleans_up(source, stuck):
+    os.kill(stuck.pids[0], signal.SIGINT)
+    stuck.finish()[0].assert_failed(FAILED, "interrupted")
     assert [p.name for p in source.parent.iterdir()] == ["labels"]
 
 
-def test_program_end_to_end(source, tmp_path):
-    """Started from nothing, in another folder."""
+def test_the_program_in_another_folder(source, tmp_path):
     (tmp_path / "images" / N[2]).mkdir(parents=True)
     (tmp_path / "images" / N[2] / "n2_2.JPEG").touch()
     words = ["--source", "labels", "--output", "new/store", "--teacher", "x", "--covers", "whole_image"]
     words += ["--class_list", "imagenet", "--images", "images", "--overwrite", "true"]
-    done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    ended = programs.run(SCRIPT, *words, cwd=tmp_path).assert_done()
+    assert ended.err == ""
     output = tmp_path / "new" / "store"
-    assert done.stdout.splitlines()[-1].startswith(f"{output}: 12 entries, maps 3x4 (6), 4x4 (6), "), done.stdout
+    assert ended.out.splitlines()[-1].startswith(f"{output}: 12 entries, maps 3x4 (6), 4x4 (6), ")
     store = open_labels(output)
     assert_holds(store, LABELS)
     assert (store.header.teacher, store.header.covers) == ("x", "whole_image")
