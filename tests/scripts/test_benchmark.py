@@ -1,24 +1,20 @@
-"""The benchmarks run and compare what they say; the numbers are for people."""
+"""The benchmarks run, and compare what their tables say; their numbers are not checked."""
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
-from programs import ROOT
+from programs import ROOT, USAGE, run
 from sklearn.datasets import load_sample_images
 
 FOLDER = ROOT / "scripts" / "benchmark"
 
 
 def benchmark(tmp_path, program: str, *words) -> dict:
-    words = (FOLDER / program, *words, "--json", tmp_path / "out.json")
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ended = run(FOLDER / program, *words, "--json", tmp_path / "out.json", cwd=tmp_path).assert_done()
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["title"] in done.stdout
+    assert result["title"] in ended.out
     return result
 
 
@@ -42,7 +38,7 @@ def test_inference_at_another_resolution(tmp_path):
     assert rows[0]["GMACs"] == rows[1]["GMACs"] < 6.9 * (64 / 224) ** 2  # 6.8 at 224, attention grows faster
 
 
-def test_profile_tells_the_kinds_of_work_apart(tmp_path):
+def test_profile_separates_the_kinds_of_work(tmp_path):
     rows = measured(tmp_path, "profile", "--rounds", "2", "--img_size", "64")
     both = {row["kind"]: row for row in rows if row["what"] == "forward + backward"}
     kinds = ("self-attention", "outlook attention", "convolutions", "linear layers", "norms", "activations")
@@ -60,9 +56,9 @@ def test_whole_steps_beside_timm(tmp_path):
     assert all(row["images/s"] > 0 and row["host, ms"] > 0 for row in rows)
 
 
-def test_memory_counts_what_each_keeps(tmp_path):
+def test_memory_counts_the_bytes_kept_for_backward(tmp_path):
     kept = {row["who"]: row["MB per image"] for row in measured(tmp_path, "memory")}
-    # Counted by hand from the shapes, see the commits that brought recomputation: 57 MB; ViT-S as published: 59.
+    # Counted by hand from the shapes: 57 MB; ViT-S as published: 59.
     assert kept["ours, recompute cheap"] == pytest.approx(57.0, abs=0.5)
     assert kept["ViT-S (timm)"] == pytest.approx(58.8, abs=0.3)
     assert kept["ours, recompute blocks"] < kept["ours, recompute cheap"] < kept["timm eager"] / 2
@@ -89,9 +85,7 @@ def test_batches_that_fit_follow_from_the_bytes():
 )
 def test_wrong_usage(tmp_path, program, words, told):
     words = [word.replace("FOLDER", str(tmp_path)) for word in words]
-    done = subprocess.run([sys.executable, FOLDER / program, *words], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert told.replace("FOLDER", str(tmp_path)) in done.stderr.splitlines()[-1]
+    run(FOLDER / program, *words, cwd=tmp_path).assert_failed(USAGE, told.replace("FOLDER", str(tmp_path)))
 
 
 def test_loader_times_every_contender(tmp_path, make_photographs):
