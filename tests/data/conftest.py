@@ -1,4 +1,4 @@
-"""Small image folders made on the spot."""
+"""Small pictures and image folders."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
-    """A smooth colour picture with a little noise, so that resizing, JPEG and every operation show."""
+    """Return a smooth colour picture with a little noise, which resizing, JPEG and every operation change."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = [np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(0.2, 1.5, size=(3, 3))]
@@ -21,7 +21,7 @@ def make_picture():
 
 @pytest.fixture
 def make_folder(tmp_path):
-    """Return a function that writes ``counts[class name]`` PNG files into a folder a class, and gives its path."""
+    """Return a function that writes ``counts[class name]`` PNG files per class folder and returns the root's path."""
 
     def make(counts: dict[str, int], name: str = "train") -> str:
         number = 0

@@ -1,4 +1,4 @@
-"""Order, sharding and workers: every sample where it belongs, whatever the number of processes."""
+"""Order, sharding and workers: every step has the same samples for any number of processes and workers."""
 
 from pathlib import Path
 
@@ -64,32 +64,16 @@ def test_starting_late_gives_the_tail(layout, epoch, data):
     assert indices(batches, epoch, start) == indices(batches, epoch)[start * layout["micro_batches"] :]
 
 
-@SETTINGS
-@given(st.integers(1, 4), st.integers(0, 11), st.integers(0, 2**31))
-def test_a_step_sees_the_same_samples_on_any_number_of_processes(steps, extra, seed):
-    seen = []
-    for world, micro in ((1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (6, 1), (12, 1)):
-        ranks = [EpochBatches(12 * steps + extra, seed, 12, world, rank, micro) for rank in range(world)]
-        per_rank = [indices(batches, 3) for batches in ranks]
-        seen.append(
-            [
-                sorted(i for mine in per_rank for chunk in mine[s * micro : (s + 1) * micro] for i in chunk)
-                for s in range(steps)
-            ]
-        )
-    assert all(other == seen[0] for other in seen)
-
-
 def test_epochs_and_seeds_differ():
     batches = EpochBatches(50, 1, 10)
     assert indices(batches, 0) != indices(batches, 1) != indices(EpochBatches(50, 2, 10), 1)
 
 
-def test_what_cannot_be_shared_out_is_named():
+def test_batch_sizes_that_cannot_be_divided_are_refused():
     assert EpochBatches(8, 0, 8).steps_per_epoch == 1
-    with pytest.raises(ValueError, match="train.batch_size is 9, but there are only 8 training images"):
+    with pytest.raises(ValueError, match="train.batch_size is 9, .* 8 training images"):
         EpochBatches(8, 0, 9)
-    with pytest.raises(ValueError, match="train.batch_size is 8, .* 3 processes times 1 acc.*a multiple of 3"):
+    with pytest.raises(ValueError, match="train.batch_size is 8, .* 3 processes times 1 .*a multiple of 3"):
         EpochBatches(80, 0, 8, world_size=3)
 
 
@@ -120,16 +104,16 @@ def test_any_number_of_workers_gives_the_same_batches(records):
         for plain, one, two in zip(*runs, strict=True):
             assert same(plain, one) and same(plain, two)
         assert [b.indices.tolist() for b in runs[0]] == indices(EpochBatches(23, **options), epoch)
-    # A loader left in the middle starts anew, at any step.
+    # A loader that was left in the middle of an epoch can start again at any step.
     for loader in loaders:
         next(loader.epoch(1))
         late = list(loader.epoch(1, start_step=1))
         assert len(late) == 4 and all(map(same, late, runs[0][2:]))
-    assert torch.equal(state, torch.get_rng_state())  # the global generator was left alone
+    assert torch.equal(state, torch.get_rng_state())  # the global generator was not used
     assert loaders[0].steps_per_epoch == 3 and loaders[0].left_out == 5
 
 
-def test_a_batch_is_what_its_keys_say(records):
+def test_batches_follow_from_their_keys(records):
     for batch in train_loader(records, TRANSFORM, seed=5, global_batch=8).epoch(2):
         assert batch.images.shape == (8, 3, 16, 24) and batch.images.dtype == torch.uint8
         assert batch.labels.dtype == batch.erase_boxes.dtype == batch.noise_seeds.dtype == torch.int64
@@ -146,7 +130,7 @@ WITH_ERASING = TrainTransform(AugmentConfig(erase_prob=0.7), (16, 24))
 
 
 def steps_of(records, worlds: int, micro_batches: int, workers: int) -> list[dict[int, dict]]:
-    """Return, for each step of epoch 1, every sample that any rank sees: all that is known of it, by its index."""
+    """Return, for each step of epoch 1, the fields of every sample of all ranks, by the sample's index."""
     steps = [{}, {}]
     for rank in range(worlds):
         loader = train_loader(
@@ -163,15 +147,15 @@ def steps_of(records, worlds: int, micro_batches: int, workers: int) -> list[dic
         for number, batch in enumerate(loader.epoch(1)):
             for row, index in enumerate(batch.indices.tolist()):
                 step = steps[number // micro_batches]
-                assert index not in step, "no sample is seen twice"
+                assert index not in step, "a sample is seen twice"
                 step[index] = {name: getattr(batch, name)[row] for name in FIELDS}
     return steps
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize(("worlds", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 4)])
-def test_a_step_sees_the_same_samples_to_the_pixel(make_folder, worlds, micro_batches, workers):
-    """Pixels after augmentation, labels, erase boxes and the noise in them: whoever reads them, and with how many."""
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("worlds", "micro_batches"), [(1, 3), (2, 1), (3, 4)])
+def test_a_step_has_the_same_pixels_on_any_number_of_processes(make_folder, worlds, micro_batches, workers):
+    """And the same labels, erase boxes and noise seeds."""
     records = scan_class_folders(make_folder({"a": 9, "b": 9, "c": 8}), ("a", "b", "c"))  # two steps, two left out
     expected = steps_of(records, worlds=1, micro_batches=1, workers=0)
     found = steps_of(records, worlds, micro_batches, workers)
@@ -184,8 +168,8 @@ def test_a_step_sees_the_same_samples_to_the_pixel(make_folder, worlds, micro_ba
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("epoch", "start"), [(0, 2), (1, 1), (1, 4)])
-def test_what_was_skipped_is_not_read(records, monkeypatch, tmp_path, workers, epoch, start):
-    """Going on in the middle of an epoch reads the samples that are due, each once, and no other."""
+def test_skipped_steps_are_not_read(records, monkeypatch, tmp_path, workers, epoch, start):
+    """Resuming in the middle of an epoch reads the remaining samples, each once, and no others."""
     read = tmp_path / "read"
     get = TrainImages.__getitem__
 
@@ -207,24 +191,13 @@ def test_what_was_skipped_is_not_read(records, monkeypatch, tmp_path, workers, e
     assert sorted(tuple(map(int, line.split())) for line in read.read_text().splitlines()) == sorted(due)
 
 
-def test_the_first_images_of_a_step_are_those_that_are_trained_on(records):
+def test_first_images_are_those_of_the_step(records):
     loader = train_loader(records, TRANSFORM, seed=1, global_batch=6, micro_batches=2)
     whole = list(loader.epoch(1))
     for most in (1, 2, 3, 4):
         first = loader.first_images(1, 2, most)
         assert len(first) == min(most, 3)
         assert all(torch.equal(getattr(first, name), getattr(whole[4], name)[:most]) for name in FIELDS)
-
-
-def test_ranks_share_out_a_step(records):
-    """Two ranks with two micro-batches each see, together, what one process sees."""
-    whole = list(train_loader(records, TRANSFORM, seed=1, global_batch=12).epoch(0))
-    ranks = [
-        list(train_loader(records, TRANSFORM, seed=1, global_batch=12, world_size=2, rank=r, micro_batches=2).epoch(0))
-        for r in range(2)
-    ]
-    parts = [ranks[0][0], ranks[1][0], ranks[0][1], ranks[1][1]]
-    assert torch.equal(torch.cat([part.images for part in parts]), whole[0].images)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -244,7 +217,7 @@ def test_evaluation_sees_every_image_once(make_folder, world, count):
     assert sorted(seen) == list(range(count))
 
 
-def test_evaluation_with_workers_and_images_of_one_transform(records):
+def test_evaluation_batches_with_any_number_of_workers(records):
     transform = EvalTransform((16, 24), 0.96, "bicubic")
     plain = list(eval_loader(records, transform, batch_size=5))
     for workers in (1, 2):
@@ -275,11 +248,11 @@ def test_an_unreadable_file_stops_training_with_its_name(records, workers):
 def test_an_unreadable_file_stops_evaluation_with_its_name(records, workers):
     path, _ = break_files(records, 4, 5)
     loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), batch_size=6, workers=workers)
-    with pytest.raises(UnreadableImage, match=rf"^cannot read {path}: .* \(and 1 more\); replace"):
+    with pytest.raises(UnreadableImage, match=rf"^cannot read {path}: .* \(and 1 more\)"):
         list(loader)
 
 
-def test_skipping_in_training_takes_another_image(records):
+def test_skipping_in_training_uses_another_image(records):
     broken = {*range(2, 12), 17}
     paths = break_files(records, *sorted(broken))
     options = dict(seed=9, global_batch=23, on_error="skip")
@@ -288,10 +261,10 @@ def test_skipping_in_training_takes_another_image(records):
     assert same(batch, other)
     assert len(batch) == 23 and not broken & set(batch.indices.tolist())
     assert batch.labels.tolist() == [records.labels[i] for i in batch.indices]
-    # Each broken file is told once for itself; a replacement that is broken too is told as well.
-    told = [failure.split(": ")[0].removeprefix("cannot read ") for failure in batch.failures]
-    assert set(told) == set(paths) and len(told) > len(paths)
-    # Samples that can be read are not touched by it.
+    # Each broken file is reported once for itself, and again if it was drawn as a replacement.
+    reported = [failure.split(": ")[0].removeprefix("cannot read ") for failure in batch.failures]
+    assert set(reported) == set(paths) and len(reported) > len(paths)
+    # Readable samples are unaffected.
     order = EpochBatches(23, 9, 23).permutation(1)
     rows = [row for row, index in enumerate(order) if index not in broken]
     assert batch.indices[rows].tolist() == order[rows].tolist()
@@ -301,14 +274,14 @@ def test_skipping_in_training_takes_another_image(records):
         np.testing.assert_array_equal(dataset[1, int(order[row])].image, batch.images[row].numpy())
 
 
-def test_skipping_gives_up_where_nothing_can_be_read(records):
+def test_skipping_gives_up_if_nothing_can_be_read(records):
     break_files(records, *range(23))
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=2, on_error="skip")
-    with pytest.raises(UnreadableImage, match="no other image could be read in its place$"):
+    with pytest.raises(UnreadableImage, match="No replacement"):
         next(loader.epoch(0))
 
 
-def test_skipping_in_evaluation_counts(records):
+def test_skipping_in_evaluation_counts_failures(records):
     paths = break_files(records, 3, 4, 22)
     loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), batch_size=2, workers=1, on_error="skip")
     batches = list(loader)
@@ -316,7 +289,7 @@ def test_skipping_in_evaluation_counts(records):
     assert seen == [i for i in range(23) if i not in (3, 4, 22)]
     failures = [failure for batch in batches for failure in batch.failures]
     assert [path in failure for path, failure in zip(paths, failures, strict=True)] == [True] * 3
-    assert len(batches[-1]) == 0  # only the unreadable one was due
+    assert len(batches[-1]) == 0  # its only image was unreadable
     assert len(seen) + len(failures) == len(records)
 
 
@@ -327,7 +300,7 @@ def test_notes_reach_the_batch(records, make_picture):
     assert batch.note_counts() == {"cmyk": 1, "other_format": 1}
 
 
-def test_orientation_is_applied_where_asked_for(records, make_picture):
+def test_orientation_is_applied_if_configured(records, make_picture):
     exif = Image.Exif()
     exif[0x0112] = 6
     make_picture(0).save(records.location(0), exif=exif)

@@ -1,4 +1,4 @@
-"""What an index takes for every image, and that reading through it takes nothing more in a forked worker."""
+"""Memory per image of an index, in the main process and in forked workers, and of huge images."""
 
 import gc
 import os
@@ -19,38 +19,38 @@ from volo.data.sources.base import FolderSource, ImageSource, PackedNames
 from volo.data.sources.ranges import RangeReader
 from volo.data.sources.records import ImageRecords
 
-IMAGES = 200_000
+IMAGES = 100_000
 
 
 def names_like_imagenet() -> PackedNames:
-    """28 bytes each, as n01440764/n01440764_10026.JPEG."""
+    """Return names about as long as n01440764/n01440764_10026.JPEG."""
     return PackedNames.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i % 10000}.JPG" for i in range(IMAGES))
 
 
 def sources() -> dict[str, ImageSource]:
     names = names_like_imagenet()
-    number, places = np.zeros(IMAGES, dtype=np.int32), np.arange(IMAGES)
+    number, offsets = np.zeros(IMAGES, dtype=np.int32), np.arange(IMAGES)
     return {
         "folder": FolderSource("/data/train", names),
-        "archive": ArchiveSource(names, RangeReader(["/data/train.tar"], ["0 0"]), number, places, places),
+        "archive": ArchiveSource(names, RangeReader(["/data/train.tar"], ["0 0"]), number, offsets, offsets),
     }
 
 
 @pytest.mark.parametrize(("kind", "most"), [("folder", 48), ("archive", 68)])
-def test_bytes_an_image(kind, most):
-    """1.28 M images in 60 or 85 MB: once for all workers, which share it."""
+def test_bytes_per_image(kind, most):
+    """1.28 M images take 60 or 85 MB, which all workers share."""
     records = ImageRecords(sources()[kind], np.zeros(IMAGES, dtype=np.int64), ("a", "b"))
     assert len(pickle.dumps(records)) / IMAGES < most
 
 
 def own_kilobytes() -> int:
-    """Memory that this process shares with no other."""
+    """Return the memory that this process shares with no other, in KB."""
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith(("Private_Dirty:", "Private_Clean:")))
 
 
 def growth_in_a_fork(touch) -> int:
-    """KB that a forked process takes for itself while ``touch`` goes through all images, twice."""
+    """Return by how many KB a forked process grows while it calls ``touch`` for every image, twice."""
     read, write = os.pipe()
     gc.collect()
     if os.fork() == 0:
@@ -67,19 +67,19 @@ def growth_in_a_fork(touch) -> int:
     return grown
 
 
-def test_a_forked_worker_copies_nothing_of_the_index():
+def test_a_forked_worker_does_not_copy_the_index():
     source = sources()["archive"]
     records = ImageRecords(source, np.zeros(IMAGES, dtype=np.int64), ("a", "b"))
     whole = len(pickle.dumps(records)) // 1024
     assert growth_in_a_fork(lambda i: (records.location(i), int(records.labels[i]), int(source.offset[i]))) < whole / 10
-    # So it would be with a list of strings, each of which has its reference count beside it.
+    # It would copy a list of strings, because each has its reference count beside it.
     listed = list(records.names)
     assert growth_in_a_fork(lambda i: listed[i]) > whole / 2
 
 
 @pytest.mark.skipif(render.unavailable_reason() is not None, reason="there is no compiler")
 def test_memory_of_a_huge_image_is_not_kept():
-    """100 MB for the pixels and as much for each operation; what is kept is for images of a common size."""
+    """It takes 100 MB for the pixels and as much for each operation; memory for common sizes is kept."""
     transform = TrainTransform(AugmentConfig(backend="native"), (32, 32))
     ops = (Op("Rotate", (20.0,), Image.Resampling.BILINEAR), Op("Sharpness", (1.5,)))
 

@@ -1,4 +1,4 @@
-"""MixUp, CutMix and soft targets against timm's Mixup, and MixToken's box against its definition."""
+"""MixUp, CutMix and soft targets against timm's Mixup; MixToken's box against the published formula."""
 
 import types
 
@@ -18,7 +18,7 @@ def config(**options) -> MixConfig:
 
 
 class SameDraws:
-    """numpy's global drawing functions, as timm calls them, on a generator of our own."""
+    """numpy's global drawing functions, as timm calls them, on a given generator."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def timm_with_our_draws(monkeypatch, cfg: MixConfig, seed: int, smoothing: float
         num_classes=7,
     )  # fmt: skip
 
-    def per_batch():  # timm draws a batch's parameters in another order than an element's
+    def per_batch():  # timm draws the parameters of a batch in another order than those of an element
         lam, use_cutmix = mixup._params_per_elem(1)
         return float(lam[0]), bool(use_cutmix[0])
 
@@ -61,7 +61,7 @@ def timm_with_our_draws(monkeypatch, cfg: MixConfig, seed: int, smoothing: float
         dict(cutmix=0.5, prob=0.7),
     ],
 )
-def test_timms_numbers_from_the_same_draws(monkeypatch, mode, options):
+def test_the_same_draws_give_timms_numbers(monkeypatch, mode, options):
     cfg = config(mode=mode, **options)
     for seed in range(12):
         batch = (2, 6)[seed % 2]
@@ -80,14 +80,14 @@ def test_timms_numbers_from_the_same_draws(monkeypatch, mode, options):
         torch.testing.assert_close(targets.sum(1), torch.ones(batch))
 
 
-def test_ratios_are_distributed_as_timm_draws_them():
+def test_ratios_have_timms_distribution():
     cfg, count = config(mixup=0.8, cutmix=1.0, prob=0.9, mode="elem"), 4000
     np.random.seed(0)
     mixup = timm_mixup.Mixup(0.8, 1.0, prob=0.9, mode="elem", num_classes=2)
     _, theirs = mixup(torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64))
     theirs = mixup._params_per_elem(count)[0]
     plan = draw_mix(np.random.default_rng(0), cfg, count, (8, 8))
-    assert abs((plan.lam == 1).double().mean() - 0.1) < 0.04  # with boxes too thin for one pixel
+    assert abs((plan.lam == 1).double().mean() - 0.1) < 0.04  # including boxes thinner than a pixel
     is_cut = plan.boxes.any(1)
     assert abs(is_cut.double().mean() - 0.45) < 0.05
     blended = plan.lam[~is_cut & (plan.lam < 1)].numpy()
@@ -95,7 +95,7 @@ def test_ratios_are_distributed_as_timm_draws_them():
     assert abs(np.mean(theirs == 1) - 0.1) < 0.03
 
 
-def test_one_ratio_a_batch_mirrored_pairs_and_own_elements():
+def test_one_ratio_per_batch_per_pair_or_per_element():
     for mode, distinct in (("batch", 1), ("pair", 4), ("elem", 8)):
         plan = draw_mix(np.random.default_rng(0), config(mixup=1.0, mode=mode), 8, (16, 16))
         assert plan.lam.unique().numel() == distinct
@@ -103,7 +103,7 @@ def test_one_ratio_a_batch_mirrored_pairs_and_own_elements():
             assert torch.equal(plan.lam, plan.lam.flip(0)) and torch.equal(plan.boxes, plan.boxes.flip(0))
 
 
-def test_a_cutmix_share_is_the_area_of_the_box():
+def test_the_cutmix_ratio_follows_the_area_of_the_box():
     for seed in range(50):
         plan = draw_mix(np.random.default_rng(seed), config(cutmix=1.0, mode="elem"), 4, (20, 30))
         top, left, bottom, right = plan.boxes.unbind(1)
@@ -122,7 +122,7 @@ def test_when_nothing_is_mixed():
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_an_odd_batch_is_refused(batch):
-    with pytest.raises(ValueError, match=f"gets {batch} at once.*train.device_batch_size"):
+    with pytest.raises(ValueError, match=f"mix.mixup .*[(]{batch}[)].*train.device_batch_size"):
         draw_mix(np.random.default_rng(0), config(mixup=1.0), batch, (8, 8))
 
 

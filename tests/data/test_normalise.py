@@ -1,4 +1,4 @@
-"""Normalisation against torchvision and timm, and the noise of random erasing."""
+"""Normalisation against torchvision and timm; the noise of random erasing."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def test_normalisation_is_torchvisions_and_timms():
     assert images.dtype == torch.float32 and labels.tolist() == [0, 1, 2]
     expected = F.normalize(batch.images.double() / 255, MEAN, STD)
     torch.testing.assert_close(images.double(), expected, atol=1e-6, rtol=0)
-    # As timm's PrefetchLoader does it.
+    # As in timm's PrefetchLoader.
     mean, std = (torch.tensor([v * 255 for v in values]).view(1, 3, 1, 1) for values in (MEAN, STD))
     torch.testing.assert_close(images, batch.images.float().sub(mean).div(std), atol=1e-6, rtol=0)
 
 
-def test_erased_boxes_hold_the_samples_own_noise():
+def test_erased_boxes_have_the_noise_of_their_sample():
     boxes = [NONE, (3, 4, 15, 20), (0, 0, 19, 25), (7, 7, 8, 8), NONE]
     batch = make_batch(boxes)
     plain, _ = normalise_and_erase(make_batch([NONE] * 5), "cpu", MEAN, STD)
@@ -54,7 +54,7 @@ def test_erased_boxes_hold_the_samples_own_noise():
         noise = torch.randn(3, bottom - top, right - left, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(image[:, top:bottom, left:right], noise)
 
-    # A sample keeps its noise wherever it stands in a batch.
+    # The noise does not depend on the sample's position in the batch.
     alone = make_batch([boxes[1]], seeds=[101])
     torch.testing.assert_close(
         normalise_and_erase(alone, "cpu", MEAN, STD)[0][0, :, 3:15, 4:20], images[1, :, 3:15, 4:20], rtol=0, atol=0
@@ -71,7 +71,7 @@ def test_noise_is_standard_normal_and_leaves_the_global_generator_alone():
     assert abs(torch.corrcoef(noise.flatten(1)) - torch.eye(8)).max() < 0.03
 
 
-def test_memory_order_and_type():
+def test_memory_format_and_dtype():
     batch = make_batch([NONE, (2, 2, 9, 9)])
     plain, _ = normalise_and_erase(batch, "cpu", MEAN, STD)
     images, _ = normalise_and_erase(batch, "cpu", MEAN, STD, channels_last=True)
@@ -80,7 +80,7 @@ def test_memory_order_and_type():
     assert torch.equal(half, plain.bfloat16())
 
 
-def test_the_batch_is_left_as_it_was():
+def test_the_batch_is_not_changed():
     batch = make_batch([(2, 2, 9, 9)])
     before = batch.images.clone()
     normalise_and_erase(batch, "cpu", MEAN, STD)
@@ -99,8 +99,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_on_every_device_there_is(device, channels_last):
-    """The same pixels, noise that repeats, and (on CUDA) nothing that waits for the device."""
+def test_on_every_available_device(device, channels_last):
+    """The same pixels, reproducible noise, and (on CUDA) no waiting for the device."""
     batch = make_batch([NONE, (2, 3, 9, 11)])
     expected, _ = normalise_and_erase(batch, "cpu", MEAN, STD)
     if device == "cuda":

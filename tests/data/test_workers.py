@@ -1,4 +1,4 @@
-"""Workers that die, hang or are told to stop; files that are not there when their turn comes."""
+"""Data workers that die, hang or get a signal to stop; files that vanish; storage that hangs."""
 
 import contextlib
 import logging
@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from volo.config import AugmentConfig
-from volo.data import workers as reading
+from volo.data import workers as data_workers
 from volo.data.dataset import TrainImages
 from volo.data.loader import TrainLoader, eval_loader, train_loader
 from volo.data.pixels.decode import UnreadableImage
 from volo.data.pixels.transforms import EvalTransform, TrainTransform
 from volo.data.sources.folders import scan_class_folders
-from volo.data.workers import WorkerFailed, _obituary, _Pass
+from volo.data.workers import WorkerFailed, _death, _Pass
 
 TRANSFORM = TrainTransform(AugmentConfig(), (16, 24))
 
@@ -44,8 +44,8 @@ def kill(*workers) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_workers_outlive_the_signal_to_stop(records, sent):
-    """A signal to the whole process group must not take the batches of the step under way."""
+def test_workers_survive_the_signal_to_stop(records, sent):
+    """After a signal to the whole process group the main process still needs the batches of its step."""
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=1, epochs=1)
     batches = loader.epoch(0)
     first = next(batches)
@@ -55,7 +55,7 @@ def test_workers_outlive_the_signal_to_stop(records, sent):
     assert len(first) == 1 and len(rest) == 22 and worker.is_alive()
 
 
-def test_what_handled_dead_children_still_does(records):
+def test_the_handler_of_sigchld_is_restored(records):
     handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -69,32 +69,31 @@ def test_what_handled_dead_children_still_does(records):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_dies_ends_training_with_what_it_was(records, workers):
+def test_a_dead_worker_ends_training(records, workers):
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=workers)
     batches = loader.epoch(0)
     next(batches)
     worker = worker_processes(loader)[0]
     kill(worker)
-    told = f"^process {worker.pid}, which reads images, was ended by SIGKILL.* runs out .dmesg tells., and fewer data.w"
-    with pytest.raises(WorkerFailed, match=told) as caught:
+    with pytest.raises(WorkerFailed, match=f"pid {worker.pid}.*SIGKILL.*dmesg.*data.workers") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
     assert loader.lost_workers == 0
 
 
-def test_a_worker_that_dies_ends_an_evaluation(records):
+def test_a_dead_worker_ends_an_evaluation(records):
     loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), batch_size=1, workers=1)
     batches = iter(loader)
     next(batches)
     kill(*worker_processes(loader))
-    with pytest.raises(WorkerFailed, match="was ended by SIGKILL"):
+    with pytest.raises(WorkerFailed, match="SIGKILL"):
         list(batches)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("at", [0, 3, 4, 10])
-def test_others_take_over_and_the_run_is_the_same(records, caplog, workers, at):
-    """Killed in the middle of an epoch and at its end, with one worker or all: every batch comes, once, in order."""
+def test_new_workers_give_the_same_batches(records, caplog, workers, at):
+    """Whether one worker or all are killed, in the middle of an epoch or at its end."""
     options = dict(seed=3, global_batch=5, epochs=3)
     expected = [batch for epoch in range(3) for batch in train_loader(records, TRANSFORM, **options).epoch(epoch)]
     loader = train_loader(records, TRANSFORM, workers=workers, on_error="skip", **options)
@@ -107,14 +106,13 @@ def test_others_take_over_and_the_run_is_the_same(records, caplog, workers, at):
                     kill(*worker_processes(loader)[: max(1, workers - 1)])
     assert [b.indices.tolist() for b in found] == [b.indices.tolist() for b in expected]
     assert all(torch.equal(one.images, other.images) for one, other in zip(expected, found, strict=True))
-    # Near the end everything may have been read already, and then nobody is missed.
+    # Near the end everything may have been read already.
     assert loader.lost_workers == 1 or (at == 10 and loader.lost_workers == 0)
     assert len(caplog.records) == loader.lost_workers
-    assert all("others take over, and nothing is lost" in record.getMessage() for record in caplog.records)
 
 
-def test_a_worker_that_is_killed_with_a_lock_in_hand(records, monkeypatch):
-    """Workers look before every batch at an event that they share with the main process."""
+def test_a_worker_that_is_killed_while_it_holds_a_lock(records, monkeypatch):
+    """Before every batch workers read an event that they share with the main process."""
     get = TrainImages.__getitem__
 
     def die(self, key):
@@ -127,11 +125,11 @@ def test_a_worker_that_is_killed_with_a_lock_in_hand(records, monkeypatch):
 
     monkeypatch.setattr(TrainImages, "__getitem__", lambda self, key: (die if key[1] == 7 else get)(self, key))
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=2)
-    with pytest.raises(WorkerFailed, match="was ended by SIGKILL"):
+    with pytest.raises(WorkerFailed, match="SIGKILL"):
         list(loader.epoch(0))
 
 
-def test_evaluation_goes_on_with_others(records):
+def test_evaluation_continues_with_new_workers(records):
     options = dict(batch_size=1, on_error="skip")
     loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), workers=2, **options)
     seen = []
@@ -144,9 +142,9 @@ def test_evaluation_goes_on_with_others(records):
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_worker_that_never_comes_up_is_replaced(records, monkeypatch, caplog, workers, on_error):
-    """Forked while another thread holds a lock, a process may wait for it for ever: it has read nothing yet."""
-    start, first = reading._start_worker, multiprocessing.get_context("fork").Value("b", 1)
+def test_a_worker_that_hangs_during_start_up_is_replaced(records, monkeypatch, caplog, workers, on_error):
+    """A process that is forked while another thread holds a lock may wait for it for ever."""
+    start, first = data_workers._start_worker, multiprocessing.get_context("fork").Value("b", 1)
 
     def hang_once(pids, worker: int) -> None:
         if worker == workers - 1 and first.value:
@@ -154,27 +152,27 @@ def test_a_worker_that_never_comes_up_is_replaced(records, monkeypatch, caplog, 
             signal.pause()
         start(pids, worker)
 
-    monkeypatch.setattr(reading, "_start_worker", hang_once)
-    monkeypatch.setattr(reading, "_START_SECONDS", 2)
+    monkeypatch.setattr(data_workers, "_start_worker", hang_once)
+    monkeypatch.setattr(data_workers, "_START_SECONDS", 2)
     options = dict(batch_size=2, workers=workers, on_error=on_error)
     loader = eval_loader(records, EvalTransform((16, 16), 1.0, "bicubic"), **options)
     with caplog.at_level(logging.ERROR, "volo"):
         assert [i for batch in loader for i in batch.indices.tolist()] == list(range(23))
-    (told,) = caplog.records
-    assert "hangs since it was started; others take over, and nothing is lost" in told.getMessage()
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "hung during start-up" in message
 
 
-def test_workers_that_never_come_up_end_the_run(records, monkeypatch):
-    monkeypatch.setattr(reading, "_start_worker", lambda pids, worker: signal.pause())
-    monkeypatch.setattr(reading, "_START_SECONDS", 1)
+def test_workers_that_keep_hanging_during_start_up_end_the_run(records, monkeypatch):
+    monkeypatch.setattr(data_workers, "_start_worker", lambda pids, worker: signal.pause())
+    monkeypatch.setattr(data_workers, "_START_SECONDS", 1)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=5, workers=2)
-    with pytest.raises(WorkerFailed, match="hangs since it was started .3 times in a row"):
+    with pytest.raises(WorkerFailed, match="hung during start-up .3 times"):
         next(loader.epoch(0))
     assert loader.lost_workers == 3
 
 
-def test_workers_that_die_over_the_same_batch_again_and_again(records, monkeypatch):
-    """Such as a file that crashes the decoder: it is named, and no process is started for ever."""
+def test_workers_that_keep_dying_on_the_same_batch_end_the_run(records, monkeypatch):
+    """A file that crashes the decoder is named, and workers are not restarted for ever."""
     get = TrainImages.__getitem__
 
     def crash(self, key):
@@ -185,15 +183,15 @@ def test_workers_that_die_over_the_same_batch_again_and_again(records, monkeypat
     monkeypatch.setattr(TrainImages, "__getitem__", crash)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=23, workers=1, on_error="skip")
     path = records.location(7)
-    with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {path} .3 times in a row, over the same batch.$"):
+    with pytest.raises(WorkerFailed, match=f"SIGSEGV at {path} .3 times"):
         next(loader.epoch(0))
     assert loader.lost_workers == 3
 
 
-def test_of_several_busy_workers_the_one_that_crashed_is_told(records, monkeypatch):
-    """It crashes when the others are at images of their own, at which they stay."""
+def test_of_several_busy_workers_the_one_that_crashed_is_named(records, monkeypatch):
+    """It crashes while each of the others is reading another image."""
     context = multiprocessing.get_context("fork")
-    for crashing in (2, 7, 11, 16, 21):
+    for crashing in (7, 16, 21):
         others = context.Semaphore(0)
 
         def get(self, key, crashing=crashing, others=others):
@@ -210,25 +208,25 @@ def test_of_several_busy_workers_the_one_that_crashed_is_told(records, monkeypat
         keys = [[(0, index)] for index in indices]
         batches = _Pass(TrainImages(records, TRANSFORM, 0, "fail", "ignore"), iter(keys), 4, False, 0)
         try:
-            with pytest.raises(WorkerFailed, match=f"ended by SIGSEGV at {records.location(crashing)}$"):
+            with pytest.raises(WorkerFailed, match=f"SIGSEGV at {records.location(crashing)}$"):
                 next(batches)
         finally:
             batches.abandon()
 
 
-def test_how_a_worker_ended_is_told_with_the_remedy():
-    assert _obituary(5, 3, " at x.jpg") == "process 5, which reads images, ended at x.jpg (exit code 3)"
-    assert "/dev/shm is full. docker run takes --shm-size" in _obituary(5, -signal.SIGBUS, "")
-    assert _obituary(5, -signal.SIGABRT, "").endswith("was ended by SIGABRT")
+def test_the_message_about_a_dead_worker_has_the_remedy():
+    assert _death(5, 3, " at x.jpg") == "data worker (pid 5) exited at x.jpg (exit code 3)"
+    assert "/dev/shm" in _death(5, -signal.SIGBUS, "") and "--shm-size" in _death(5, -signal.SIGBUS, "")
+    assert _death(5, -signal.SIGABRT, "").endswith("SIGABRT")
 
 
-def test_an_error_of_our_own_in_a_worker_stays_what_it_is(records, monkeypatch):
+def test_a_programming_error_in_a_worker_is_raised_unchanged(records, monkeypatch):
     def broken(self, key):
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(TrainImages, "__getitem__", broken)
     for workers in (0, 1):
-        with pytest.raises(RuntimeError, match="a mistake of ours") as caught:
+        with pytest.raises(RuntimeError, match="a bug") as caught:
             next(train_loader(records, TRANSFORM, seed=0, global_batch=2, workers=workers).epoch(0))
         assert not isinstance(caught.value, WorkerFailed)
 
@@ -250,11 +248,11 @@ def test_a_file_that_vanishes_after_it_was_listed(records, workers):
 
 @contextlib.contextmanager
 def hanging(loader: TrainLoader, path: str):
-    """Put in the place of a file one that nobody ever answers for; let go, at the end, whoever waits for it."""
+    """Replace a file by a pipe, which blocks whoever opens it, and release them at the end."""
     Path(path).unlink()
     os.mkfifo(path)
     yield
-    with contextlib.suppress(OSError):  # nobody is waiting
+    with contextlib.suppress(OSError):  # nobody is blocked
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
 
@@ -264,15 +262,14 @@ def test_storage_that_hangs_is_named(records, on_error):
         records, TRANSFORM, seed=0, global_batch=23, workers=2, on_error=on_error, timeout_seconds=1, epochs=1
     )
     path = records.location(4)
-    told = f"^no batch of images came for 1 s .data.timeout_seconds.: process [0-9]+ at {path} is still reading"
-    with hanging(loader, path), pytest.raises(WorkerFailed, match=told):
+    with hanging(loader, path), pytest.raises(WorkerFailed, match=f"1 s .data.timeout_seconds.*pid [0-9]+. at {path}"):
         next(loader.epoch(0))
 
 
-def test_a_slow_batch_within_the_time_is_waited_for(records, monkeypatch):
-    """Longer than one look at the workers takes; the first file answers when the second look has begun."""
+def test_a_slow_batch_within_the_timeout_is_waited_for(records, monkeypatch):
+    """It takes longer than one poll of the workers: the file is written once the second poll has begun."""
     monkeypatch.setattr("volo.data.workers._POLL_SECONDS", 0.05)
-    looks = threading.Semaphore(0)
+    polls = threading.Semaphore(0)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=23, workers=1, timeout_seconds=60, epochs=1)
     path = records.location(4)
     content = Path(path).read_bytes()
@@ -282,14 +279,14 @@ def test_a_slow_batch_within_the_time_is_waited_for(records, monkeypatch):
     explain = _Pass._problem
 
     def counted(self, error, waited):
-        looks.release()
+        polls.release()
         return explain(self, error, waited)
 
     monkeypatch.setattr(_Pass, "_problem", counted)
 
     def answer() -> None:
-        looks.acquire()
-        looks.acquire()
+        polls.acquire()
+        polls.acquire()
         with open(path, "wb") as file:
             file.write(content)
 

@@ -47,7 +47,7 @@ def test_a_killed_worker_ends_the_run_with_the_reason(recipe, tmp_path):
     worker = children(run.pids[0])[0]
     os.kill(worker, signal.SIGKILL)
     (ended,) = run.finish()
-    ended.assert_failed(FAILED, f"process {worker}, which reads images, was ended by SIGKILL", "fewer data.workers")
+    ended.assert_failed(FAILED, f"(pid {worker}) was killed by SIGKILL", "fewer data.workers")
     assert ended.last_line.removeprefix("error: ") in (tmp_path / "runs/run/log.txt").read_text()
 
 
@@ -66,7 +66,7 @@ def test_under_torchrun_the_other_process_does_not_hang(recipe, tmp_path):
     os.kill(worker, signal.SIGKILL)
     ended = programs.finish(launcher, seen)
     assert ended.code == FAILED, f"{ended.out}\n{ended.err}"
-    assert f"process {worker}, which reads images, was ended by SIGKILL" in ended.last_line
+    assert f"(pid {worker}) was killed by SIGKILL" in ended.last_line
     assert ended.last_line.startswith("distributed_train.sh: error: ")
 
 
@@ -83,8 +83,7 @@ def test_where_others_take_over_the_run_is_the_same(recipe, tmp_path):
         os.kill(worker, signal.SIGKILL)
     (ended,) = run.finish()
     ended.assert_done()
-    assert ended.out.count("was ended by SIGKILL") == 1
-    assert "others take over, and nothing is lost" in ended.out
+    assert ended.out.count("was killed by SIGKILL") == 1
     assert "replaced dead data workers 1 times" in ended.out and "unreadable" not in ended.out
     one, other = (
         torch.load(tmp_path / name / "runs/run/last.pt", weights_only=True)["state_dict"]
@@ -117,6 +116,4 @@ def test_storage_that_hangs_ends_the_run_with_the_file(recipe, images, tmp_path)
     os.mkfifo(stuck)  # opening it waits for somebody who never comes
     words = ("--config", recipe, "--data.timeout_seconds", 1)
     ended = programs.run(TRAIN, *words, cwd=tmp_path)
-    ended.assert_failed(
-        FAILED, "no batch of images came for 1 s (data.timeout_seconds)", f" at {stuck} is still reading"
-    )
+    ended.assert_failed(FAILED, "no batch for 1 s (data.timeout_seconds)", f" at {stuck}")

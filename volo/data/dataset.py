@@ -1,8 +1,7 @@
 """Samples by key, and batches of them.
 
-A training sample is asked for by (epoch, index), and everything drawn for it depends on the seed and that key
-alone; so any worker of any rank gives the same sample. B is the number of images of a batch, H and W are height
-and width, N is the number of images of the data set.
+The key of a training sample is (epoch, index), and everything drawn for it depends on the seed and that key alone, so
+any worker of any rank gives the same sample. B is the number of images in a batch, H and W are height and width.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +17,12 @@ from volo.data.pixels.transforms import EvalTransform, Plan, TrainTransform
 from volo.data.sources.records import ImageRecords
 from volo.runtime.rng import generator, torch_seed
 
-# How many other images are tried in place of an unreadable one before the data set counts as broken.
+# Images that are tried in place of an unreadable one before giving up.
 _REPLACEMENTS = 10
 
 
 class SidecarBatch(Protocol):
-    """What a batch carries beside pixels and classes, in tensors whose first axis is the image."""
+    """Sidecar data of a batch, in tensors whose first axis is the image."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SidecarBatch":
         """Return a copy with ``function`` applied to every tensor."""
@@ -31,40 +30,40 @@ class SidecarBatch(Protocol):
 
 
 class Sidecar(Protocol):
-    """What comes along with every training image and follows its augmentation, such as a label map."""
+    """Data that belong to every training image and follow its augmentation, such as label maps."""
 
     def transformed(self, index: int, plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> Any:
-        """Return what belongs to image ``index`` once ``plan`` is applied to it.
+        """Return the data of image ``index``, transformed by ``plan``.
 
         Args:
-            index: Place of the image in the records.
-            plan: What happened to the pixels.
+            index: Index of the image in the records.
+            plan: The plan that was applied to the pixels.
             image_hw: Size of the decoded image, in pixels.
             out_hw: Size of the network's input, in pixels.
 
         Raises:
-            ValueError: It is damaged; the message names the file.
+            ValueError: The data are damaged; the message names the file.
         """
         ...
 
     def collate(self, samples: Sequence[Any]) -> SidecarBatch:
-        """Return the batch of what :meth:`transformed` gave."""
+        """Return the batch of several results of :meth:`transformed`."""
         ...
 
 
 @dataclass
 class Sample:
-    """One image on its way into a batch.
+    """One image with its label.
 
     Args:
-        index: Place of the image in the records.
-        image: uint8 [3, H, W], or None where no image could be read.
+        index: Index of the image in the records.
+        image: uint8 [3, H, W], or None if no image could be read.
         label: Class index.
         erase_box: Box (top, left, bottom, right) of random erasing; all zeros for none.
         noise_seed: Seed of the noise in that box.
-        notes: What was unusual about the file.
-        failures: Why files that were tried first, or this one, could not be read.
-        sidecar: What its sidecar gave for this sample, if the data set has one.
+        notes: Sum of :class:`volo.data.pixels.decode.Note`.
+        failures: One line for every file that could not be read: this one, or those that it replaces.
+        sidecar: Its sidecar data, if the data set has any.
     """
 
     index: int
@@ -79,18 +78,18 @@ class Sample:
 
 @dataclass
 class Batch:
-    """B images and what belongs to them, all on the host.
+    """B images with their labels, all on the host.
 
     Args:
         images: uint8 [B, 3, H, W].
         labels: int64 [B].
         erase_boxes: int64 [B, 4], (top, left, bottom, right) of random erasing; all zeros for none.
         noise_seeds: int64 [B], seed of the noise in each box.
-        indices: int64 [B], place of each image in the records.
+        indices: int64 [B], index of each image in the records.
         notes: int64 [B], sums of :class:`volo.data.pixels.decode.Note`.
-        failures: One line for every file that could not be read. In training another image has taken its place;
-            in evaluation it is missing from the batch, which may thereby be empty.
-        sidecar: The images' sidecar data, if the data set has any.
+        failures: One line for every file that could not be read. In training another image replaces it; in evaluation
+            it is missing from the batch, which may then be empty.
+        sidecar: Sidecar data of the images, if the data set has any.
     """
 
     images: Tensor
@@ -106,23 +105,23 @@ class Batch:
         return len(self.labels)
 
     def pin_memory(self) -> "Batch":
-        """Return the batch with what goes to the device in page-locked memory; DataLoader calls this."""
+        """Return a copy with the tensors that go to the device in page-locked memory; DataLoader calls this."""
         sidecar = self.sidecar and self.sidecar.map(Tensor.pin_memory)
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), sidecar=sidecar)
 
     def note_counts(self) -> dict[str, int]:
-        """Count how many images carry each note; notes that do not occur are left out."""
+        """Return the number of images with each note; notes that do not occur are left out."""
         return count_notes(self.notes.tolist())
 
 
 def collate(samples: list[Sample], sidecar: Sidecar | None = None) -> Batch:
-    """Make a batch of the samples that have an image, and keep the failures of all of them."""
+    """Return the batch of the samples that have an image, with the failures of all samples."""
     readable = [sample for sample in samples if sample.image is not None]
 
     def column(values: list, shape: tuple[int, ...] = ()) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).reshape(len(readable), *shape)
 
-    images = [torch.from_numpy(sample.image) for sample in readable]
+    images = [torch.from_numpy(sample.image) for sample in readable if sample.image is not None]
     return Batch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=column([sample.label for sample in readable]),
@@ -135,8 +134,8 @@ def collate(samples: list[Sample], sidecar: Sidecar | None = None) -> Batch:
     )
 
 
-class _Images(torch.utils.data.Dataset):
-    """What training and evaluation images have in common."""
+class _ImageDataset(torch.utils.data.Dataset):
+    """The common part of training and evaluation data sets."""
 
     def __init__(self, records: ImageRecords, exif: str, sidecar: Sidecar | None = None):
         self.records = records
@@ -152,21 +151,21 @@ class _Images(torch.utils.data.Dataset):
         return collate(samples, self.sidecar)
 
     def name(self, index: int) -> str:
-        """Return what image ``index`` goes by in messages."""
+        """Return the location of image ``index``, for messages."""
         return self.records.location(index)
 
 
-class TrainImages(_Images):
+class TrainImages(_ImageDataset):
     """Augmented training samples, by the key (epoch, index).
 
     Args:
         records: The images.
         transform: Their augmentation.
         seed: Seed of the run.
-        on_error: An unreadable image: "fail" leaves the sample without an image; "skip" puts another one, drawn
-            from seed, epoch and index, in its place. Either way the reason is kept in the sample.
+        on_error: For an unreadable image "fail" gives a sample without an image, "skip" replaces it by another one,
+            drawn from seed, epoch and index. Either way the sample has the reason.
         exif: "ignore" or "apply" orientation tags.
-        sidecar: What follows the augmentation beside the pixels, or None.
+        sidecar: Data that follow the augmentation, such as label maps, or None.
     """
 
     def __init__(
@@ -209,17 +208,17 @@ class TrainImages(_Images):
             pixels = self.transform.apply(decoded, plan)
         except UnreadableImage as error:
             return Sample(index, None, label, failures=(str(error),))
-        beside = None
+        sidecar = None
         if self.sidecar is not None:
             try:
-                beside = self.sidecar.transformed(index, plan, image.hw, self.transform.image_hw)
+                sidecar = self.sidecar.transformed(index, plan, image.hw, self.transform.image_hw)
             except ValueError as error:
                 return Sample(index, None, label, failures=(str(error),))
-        return Sample(index, pixels, label, plan.erase, noise_seed, image.notes, sidecar=beside)
+        return Sample(index, pixels, label, plan.erase, noise_seed, image.notes, sidecar=sidecar)
 
 
-class EvalImages(_Images):
-    """Evaluation samples by index; an unreadable file gives a sample without an image, with the reason."""
+class EvalImages(_ImageDataset):
+    """Evaluation samples by index; an unreadable file gives a sample with the reason and without an image."""
 
     def __init__(self, records: ImageRecords, transform: EvalTransform, exif: str):
         super().__init__(records, exif)

@@ -1,9 +1,9 @@
 """Batches in a defined order, read by worker processes.
 
-G is the global batch: the images of one optimizer step over all R ranks and M micro-batches (accumulation steps).
-Epoch e goes through one permutation of the data set, drawn from (seed, e); step s takes rows [s*G, (s+1)*G) of it,
-cut into M*R equal chunks, and micro-batch m of rank r is chunk m*R + r. What one optimizer step sees is thereby
-the same for any number of ranks.
+G is the global batch size: the images per optimizer step over all R ranks and M micro-batches (accumulation steps).
+The order of epoch e is one permutation of the data set, drawn from (seed, e). Step s takes rows [s*G, (s+1)*G) of it,
+cut into M*R equal chunks, and micro-batch m of rank r is chunk m*R + r. So an optimizer step has the same images for
+any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,9 @@ __all__ = ["Batch", "EpochBatches", "EvalLoader", "TrainLoader", "eval_loader", 
 
 
 class EpochBatches:
-    """Which samples each micro-batch of this rank holds, for any epoch and step.
+    """The samples in each micro-batch of this rank, for any epoch and step.
 
-    What is left of a permutation after the last full batch is not seen in that epoch; another epoch leaves out
-    other samples.
+    The rest of a permutation after the last full batch is left out in that epoch; the next epoch leaves out others.
 
     Args:
         num_samples: Size of the data set.
@@ -37,7 +36,7 @@ class EpochBatches:
         micro_batches: M.
 
     Raises:
-        ValueError: The data set is smaller than G, or G does not divide by R*M.
+        ValueError: The data set is smaller than G, or G is not divisible by R*M.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class EpochBatches:
         assert 0 <= rank < world_size
         if global_batch % (world_size * micro_batches):
             raise ValueError(
-                f"train.batch_size is {global_batch}, which does not divide by {world_size} processes times "
-                f"{micro_batches} accumulation steps; give a multiple of {world_size * micro_batches}"
+                f"train.batch_size is {global_batch}, which is not divisible by {world_size} processes times "
+                f"{micro_batches} accumulation steps. Give a multiple of {world_size * micro_batches}"
             )
         if num_samples < global_batch:
             raise ValueError(
-                f"train.batch_size is {global_batch}, but there are only {num_samples} training images; give at "
+                f"train.batch_size is {global_batch}, but there are only {num_samples} training images. Give at "
                 f"most {num_samples}"
             )
         self.num_samples = num_samples
@@ -69,21 +68,21 @@ class EpochBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return self.num_samples // self.global_batch
 
     @property
     def left_out(self) -> int:
-        """Samples an epoch does not see."""
+        """Samples that an epoch leaves out."""
         return self.num_samples % self.global_batch
 
     @property
     def chunk(self) -> int:
-        """Images of a micro-batch."""
+        """Images per micro-batch."""
         return self.global_batch // (self.world_size * self.micro_batches)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Return the order, int64 [N], in which ``epoch`` sees the samples."""
+        """Return the order of the samples in ``epoch``, int64 [num_samples]."""
         return generator(self.seed, "shuffle", epoch).permutation(self.num_samples)
 
     def keys(self, epoch: int, start_step: int = 0) -> Iterator[list[tuple[int, int]]]:
@@ -96,11 +95,11 @@ class EpochBatches:
 
     @property
     def passes_per_epoch(self) -> int:
-        """Micro-batches of an epoch, of this rank."""
+        """Micro-batches per epoch of this rank."""
         return self.steps_per_epoch * self.micro_batches
 
     def keys_from(self, number: int, epochs: int | None) -> Iterator[list[tuple[int, int]]]:
-        """Yield the keys of micro-batch ``number``, counted from epoch 0, and of all after it, over ``epochs``."""
+        """Yield the keys of micro-batch ``number``, counted from epoch 0, and of all that follow in ``epochs``."""
         epoch, passed = divmod(number, self.passes_per_epoch)
         step, micro = divmod(passed, self.micro_batches)
         yield from islice(self.keys(epoch, step), micro, None)
@@ -109,7 +108,7 @@ class EpochBatches:
 
 
 class TrainLoader:
-    """Training batches of this rank; make it with :func:`train_loader`."""
+    """Training batches of this rank; created by :func:`train_loader`."""
 
     def __init__(
         self,
@@ -133,27 +132,27 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return self.batches.steps_per_epoch
 
     @property
     def left_out(self) -> int:
-        """Images an epoch does not see."""
+        """Images that an epoch leaves out."""
         return self.batches.left_out
 
     @property
     def lost_workers(self) -> int:
-        """How many processes that read images died and were replaced."""
+        """Number of workers that died and were replaced."""
         return self._reader.lost_workers
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the micro-batches of ``epoch`` in order, from ``start_step`` on; nothing before it is read.
+        """Yield the micro-batches of ``epoch`` in order, from ``start_step`` on; earlier ones are not read.
 
-        The first batches of the next epoch are read ahead while this one ends.
+        Workers read ahead into the next epoch.
 
         Raises:
-            UnreadableImage: A file of the batch that is due cannot be read, and ``on_error`` is "fail" or no other
-                image could be read in its place either. Or a process that reads died or hangs (``WorkerFailed``).
+            UnreadableImage: A file of the next batch cannot be read, and ``on_error`` is "fail" or no replacement
+                could be read either; or a worker died or hangs (``WorkerFailed``).
         """
         passes = self.batches.passes_per_epoch
         for number in range(start_step * self.batches.micro_batches, passes):
@@ -164,9 +163,9 @@ class TrainLoader:
             yield batch
 
     def first_images(self, epoch: int, step: int, most: int) -> Batch:
-        """Return the first ``most`` images that this rank sees in a step, read in this process for a picture of them.
+        """Return the first ``most`` images of this rank in a step, read in this process, for a picture of them.
 
-        Unreadable files are left out: they are reported when their turn comes.
+        Unreadable files are left out; :meth:`epoch` reports them.
         """
         number = epoch * self.batches.passes_per_epoch + step * self.batches.micro_batches
         keys = next(self.batches.keys_from(number, None))[:most]
@@ -174,9 +173,9 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Evaluation batches of this rank; make it with :func:`eval_loader`. Every pass gives the same batches.
+    """Evaluation batches of this rank; created by :func:`eval_loader`. Every pass gives the same batches.
 
-    Each pass has workers of its own, and ends them: between evaluations they would hold memory for nothing.
+    Each pass starts its own workers and ends them, so that they take no memory between evaluations.
 
     Args:
         indices: The images of this rank, each exactly once.
@@ -198,7 +197,7 @@ class EvalLoader:
         self._num_batches = len(chunks)
         self._reader = BatchReader(
             dataset,
-            lambda number: iter(chunks[number:]),
+            lambda number: map(list, chunks[number:]),
             workers=min(workers, len(chunks)),
             pin_memory=pin_memory,
             timeout_seconds=timeout_seconds,
@@ -243,21 +242,20 @@ def train_loader(
         records: The training images.
         transform: Their augmentation.
         seed: Seed of the run: order, augmentation and replacements.
-        global_batch: Images of an optimizer step, over all ranks and micro-batches.
+        global_batch: Images per optimizer step, over all ranks and micro-batches.
         world_size: Number of ranks.
         rank: This rank.
-        micro_batches: Accumulation steps of an optimizer step.
-        workers: Processes that read; 0 reads in this one.
-        on_error: "fail", or "skip": another image takes the place of an unreadable one, and other workers that of
-            workers that die.
+        micro_batches: Accumulation steps per optimizer step.
+        workers: Worker processes; 0 reads in this process.
+        on_error: "fail" on an unreadable image or a dead worker, or "skip", which replaces either.
         exif: "ignore" or "apply" orientation tags.
         pin_memory: Put batches into page-locked memory (for CUDA).
-        timeout_seconds: Longest wait for a batch, where there are workers; 0 for no limit.
+        timeout_seconds: Longest wait for a batch, if there are workers; 0 for no limit.
         epochs: Epochs of the run, after which nothing is read ahead; None for no end.
-        sidecar: What follows the augmentation beside the pixels, such as label maps, or None.
+        sidecar: Data that follow the augmentation, such as label maps, or None.
 
     Raises:
-        ValueError: ``global_batch`` is larger than the data set, or cannot be shared out evenly.
+        ValueError: ``global_batch`` is larger than the data set, or cannot be divided evenly.
     """
     batches = EpochBatches(len(records), seed, global_batch, world_size, rank, micro_batches)
     images = TrainImages(records, transform, seed, on_error, exif, sidecar)
@@ -279,9 +277,9 @@ def eval_loader(
 ) -> EvalLoader:
     """Return the loader of this rank's share of an evaluation: images rank, rank + R, rank + 2R, ...
 
-    Nothing is padded and nothing dropped, so the last batch may be smaller and a rank may have no batch at all.
-    With ``on_error`` "skip" a batch lacks its unreadable images and lists them in ``failures``. Other arguments as
-    in :func:`train_loader`; ``batch_size`` is this rank's.
+    Nothing is padded or dropped, so the last batch may be smaller and a rank may have no batch at all. With
+    ``on_error`` "skip" unreadable images are missing from a batch and listed in its ``failures``. ``batch_size`` is per
+    rank; other arguments are those of :func:`train_loader`.
     """
     indices = range(rank, len(records), world_size)
     images = EvalImages(records, transform, exif)
@@ -291,7 +289,7 @@ def eval_loader(
 def _unreadable(failures: list[str], on_error: str) -> UnreadableImage:
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     if on_error == "skip":
-        return UnreadableImage(f"{failures[0]}{more}; no other image could be read in its place")
+        return UnreadableImage(f"{failures[0]}{more}. No replacement could be read either")
     return UnreadableImage(
-        f"{failures[0]}{more}; replace the file, or set data.on_error to skip, which goes on without it and counts it"
+        f"{failures[0]}{more}. Replace the file, or set data.on_error to skip, which leaves it out and counts it"
     )

@@ -1,8 +1,8 @@
-"""MixToken boxes, MixUp and CutMix, and the soft targets that go with them.
+"""MixToken boxes, MixUp, CutMix and their soft targets.
 
-Everything is drawn on the host from a generator that is passed in, and applied as a pure function. An image's
-partner is the one at its place in the reversed batch. B is the number of images, C of classes, H and W are height
-and width; boxes are (top, left, bottom, right).
+Everything is drawn on the host from a generator that is passed in, and applied by pure functions. The partner of image
+i is image B - 1 - i. B is the number of images, C of classes, N of tokens, H and W are height and width; boxes are
+(top, left, bottom, right).
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Mix:
     """How the images of one batch are mixed with their partners.
 
     Args:
-        lam: Share of each image's own label, float64 [B] on the host; 1 leaves it alone.
-        boxes: CutMix box of each image, int64 [B, 4] on the host; all zeros where its pixels are blended by
-            ``lam`` (MixUp) instead.
-        mode: Whether ratio and box are common to the "batch", to a "pair", or are those of each "elem".
+        lam: Share of each image's own label, float64 [B] on the host; 1 does not mix.
+        boxes: CutMix box of each image, int64 [B, 4] on the host; all zeros for an image that is blended by ``lam``
+            instead (MixUp).
+        mode: Whether ratio and box are drawn once per "batch", per "pair" or per image ("elem").
     """
 
     lam: Tensor
@@ -33,8 +33,8 @@ class Mix:
 def draw_mix_token_box(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[int, int, int, int]:
     """Draw MixToken's box on the final token grid (arXiv 2104.10858); an empty box mixes nothing.
 
-    Lambda comes from Beta(1, 1); the box has int(side * sqrt(1 - lambda)) cells a side before it is clipped around
-    a uniform centre, an odd number of cells losing one.
+    Lambda is drawn from Beta(1, 1). A side of the box is int(side of the grid * sqrt(1 - lambda)) cells, rounded down
+    to an even number; the box is centred on a uniform cell and clipped to the grid.
     """
     share = np.sqrt(1 - rng.beta(1.0, 1.0))
     centre = [int(rng.integers(side)) for side in grid_hw]
@@ -47,14 +47,14 @@ def draw_mix_token_box(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tu
 def draw_mix(
     rng: np.random.Generator, config: MixConfig, batch: int, image_hw: tuple[int, int], epoch: int = 0
 ) -> Mix | None:
-    """Draw the MixUp or CutMix of one batch, with the distribution of timm's ``Mixup``; None where it is off.
+    """Draw the MixUp or CutMix of one batch, with the distribution of timm's ``Mixup``; None if it is off.
 
     Args:
-        rng: ImageSource of the draws.
+        rng: Generator to draw from.
         config: Alphas, probabilities and mode.
         batch: B.
         image_hw: Size of the images.
-        epoch: From ``config.off_epoch`` on nothing is mixed.
+        epoch: Epoch of the run; from ``config.off_epoch`` on nothing is mixed.
 
     Raises:
         ValueError: B is odd; the middle image would be its own partner.
@@ -63,8 +63,8 @@ def draw_mix(
         return None
     if batch % 2:
         raise ValueError(
-            f"mix.mixup and mix.cutmix pair the images of a batch, but a device gets {batch} at once, an odd "
-            "number; choose train.batch_size and train.device_batch_size so that it is even"
+            f"mix.mixup and mix.cutmix pair the images of a batch, but the batch size per device is odd ({batch}). "
+            "Choose train.batch_size and train.device_batch_size so that it is even"
         )
     draws = {"batch": 1, "pair": batch // 2, "elem": batch}[config.mode]
     lam, is_cut = _draw_ratios(rng, config, draws)
@@ -72,7 +72,7 @@ def draw_mix(
     for i in np.flatnonzero(is_cut & (lam < 1)):
         boxes[i] = _draw_cutmix_box(rng, lam[i], image_hw)
         top, left, bottom, right = boxes[i]
-        # Clipping makes the box smaller than drawn; the labels follow the area that is really there.
+        # Clipping makes the box smaller than drawn; the labels follow the clipped area.
         lam[i] = 1 - (bottom - top) * (right - left) / (image_hw[0] * image_hw[1])
 
     if config.mode == "batch":
@@ -83,7 +83,7 @@ def draw_mix(
 
 
 def apply_mix(images: Tensor, plan: Mix) -> Tensor:
-    """Return images [B, 3, H, W] mixed with their partners; the input is left as it is."""
+    """Return images [B, 3, H, W] mixed with their partners; the input is not changed."""
     partners = images.flip(0)
     is_cut = (plan.boxes[:, 2:] > plan.boxes[:, :2]).all(1)
     if plan.mode == "batch" and is_cut.all():
@@ -92,7 +92,7 @@ def apply_mix(images: Tensor, plan: Mix) -> Tensor:
         mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
         return mixed
 
-    # An empty CutMix box comes with lam 1, so blending by lam is right for it, too.
+    # An empty CutMix box comes with lam 1, so blending by lam is right for it as well.
     own = torch.where(is_cut, 1.0, plan.lam)[:, None, None, None]  # [B, 1, 1, 1]
     mixed = images * _like(own, images) + partners * _like(1 - own, images)
     for i in torch.nonzero(is_cut).flatten().tolist():
@@ -102,21 +102,21 @@ def apply_mix(images: Tensor, plan: Mix) -> Tensor:
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """Return targets [B, C] of int64 labels [B]: smoothing / C everywhere, and 1 - smoothing more on the label."""
+    """Return targets [B, C] of int64 labels [B]: smoothing / C for every class, plus 1 - smoothing for the label."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
 
 
 def mix_targets(targets: Tensor, plan: Mix) -> Tensor:
-    """Return targets [B, C] or [B, C, 2 + N] mixed with the partners' by the shares of ``plan``."""
+    """Return targets [B, C] or [B, C, 2 + N] mixed with those of the partners, in the ratio ``plan.lam``."""
     own = plan.lam.view(-1, *[1] * (targets.ndim - 1))
     return targets * _like(own, targets) + targets.flip(0) * _like(1 - own, targets)
 
 
 def token_shares(plan: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:
-    """Return the share of each token's pixels that stays the image's own, float64 [B, N], on the host.
+    """Return the share of the image's own pixels in each token, float64 [B, N], on the host.
 
-    MixUp blends every token by its ratio; CutMix replaces what of a token lies under the box. N = rows * columns of
+    MixUp blends every token by its ratio; CutMix replaces the part of a token under the box. N = rows * columns of
     ``grid``.
     """
     covered = []
@@ -131,7 +131,7 @@ def token_shares(plan: Mix, grid: tuple[int, int], image_hw: tuple[int, int]) ->
 
 
 def _draw_ratios(rng: np.random.Generator, config: MixConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return lambda, float64 [count] (1: not mixed), and whether it is CutMix's, bool [count]."""
+    """Return lambda, float64 [count] (1: not mixed), and whether it is for CutMix, bool [count]."""
     if config.mixup and config.cutmix:
         is_cut = rng.random(count) < config.switch_prob
         of_cutmix = rng.beta(config.cutmix, config.cutmix, size=count)
@@ -144,7 +144,7 @@ def _draw_ratios(rng: np.random.Generator, config: MixConfig, count: int) -> tup
 
 
 def _draw_cutmix_box(rng: np.random.Generator, lam: float, image_hw: tuple[int, int]) -> tuple[int, ...]:
-    """Return a box of about (1 - lam) of the image around a uniform centre, clipped to the image."""
+    """Return a box with a share of 1 - lam of the image's area around a uniform centre, clipped to the image."""
     cuts = [int(side * np.sqrt(1 - lam)) for side in image_hw]
     centres = [int(rng.integers(side)) for side in image_hw]
     low = [max(c - cut // 2, 0) for c, cut in zip(centres, cuts, strict=True)]

@@ -22,16 +22,16 @@ def normalise_and_erase(
 ) -> tuple[Tensor, Tensor]:
     """Return images [B, 3, H, W] and labels int64 [B] on ``device``.
 
-    Pixels become (value / 255 - mean) / std; then each erase box is filled with normal noise from its sample's
-    seed. Bytes travel rather than floats, and nothing here waits for the device.
+    Pixels become (value / 255 - mean) / std; then each erase box is filled with normal noise from its sample's seed.
+    Bytes are copied rather than floats, and the host never waits for the device.
 
     Args:
-        batch: The batch; in pinned memory it is copied while the host goes on.
-        device: Where to.
+        batch: The batch; from pinned memory it is copied asynchronously.
+        device: The device.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
         dtype: Type of the images returned; the arithmetic is done in float32.
-        channels_last: Give the images channels-last memory order.
+        channels_last: Return the images in channels-last memory format.
     """
     device = torch.device(device)
     offset, scale = _constants(tuple(mean), tuple(std), device)
@@ -56,5 +56,6 @@ def _erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> None:
 
 @lru_cache
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return 255 * mean and 255 * std, [3, 1, 1] each; kept, because making them waits for the device."""
-    return tuple(torch.tensor(values, device=device).mul_(255).view(3, 1, 1) for values in (mean, std))
+    """Return 255 * mean and 255 * std, [3, 1, 1] each; cached, because creating them waits for the device."""
+    offset, scale = (torch.tensor(values, device=device).mul_(255).view(3, 1, 1) for values in (mean, std))
+    return offset, scale

@@ -1,7 +1,7 @@
-"""Whether /dev/shm has room for the batches that workers read ahead.
+"""Checks before the first step that /dev/shm has room for the batches that workers read ahead.
 
-Workers hand batches over in shared memory. Where it is full they die of a bus error in the middle of a run; a
-container has 64 MB unless told otherwise. So it is compared, before the first step, with what will be needed.
+Workers pass batches in shared memory. If it is full they die of a bus error in the middle of a run, and by default a
+container has 64 MB of it.
 """
 
 import os
@@ -15,11 +15,11 @@ _FOLDER = "/dev/shm"
 
 @dataclass(frozen=True)
 class ReadAhead:
-    """What one loader of this process keeps in shared memory at most.
+    """The shared memory that one loader of this process needs.
 
     Args:
         workers: Its worker processes.
-        batch_bytes: Bytes of one of its batches.
+        batch_bytes: Size of one of its batches, in bytes.
     """
 
     workers: int
@@ -27,12 +27,12 @@ class ReadAhead:
 
     @property
     def bytes(self) -> int:
-        """Those that are read ahead, the one in use and the one being handed over."""
+        """Bytes of the batches read ahead, of the one in use and of the one being passed."""
         return (PREFETCHED_BATCHES * self.workers + 2) * self.batch_bytes if self.workers else 0
 
 
 def lacking_room(loaders: list[ReadAhead], processes: int) -> str | None:
-    """Return what is wrong and what to do where ``processes`` of this machine need more than there is; else None."""
+    """Return the problem and the remedy if ``processes`` on this machine need more than is free; else None."""
     if not os.path.isdir(_FOLDER):  # not Linux
         return None
     free = shutil.disk_usage(_FOLDER).free
@@ -45,13 +45,14 @@ def lacking_room(loaders: list[ReadAhead], processes: int) -> str | None:
         for n in range(most - 1, -1, -1)
         if processes * sum(ReadAhead(min(n, each.workers), each.batch_bytes).bytes for each in loaders) <= free
     )
-    advice = f"data.workers {fits}, the most that fit" if fits else "data.workers 0, which needs none"
+    advice = f"data.workers to at most {fits}" if fits else "data.workers to 0, which needs none"
     whose = f"{processes} processes with {most} data.workers each" if processes > 1 else f"{most} data.workers"
     return (
-        f"{_FOLDER} has {_size(free)} free, and the batches that {whose} read ahead need up to {_size(needed)}: "
-        f"workers would die of a bus error. In a container give it more: docker run --shm-size={_round_up(needed)}g or "
-        "--ipc=host; Kubernetes: an emptyDir of medium Memory on /dev/shm. Or set smaller batches "
-        f"(train.device_batch_size, eval.batch_size) or {advice}. Torch's other sharing strategy lies there, too"
+        f"{_FOLDER} has {_size(free)} free, but the batches that {whose} read ahead need up to {_size(needed)}: "
+        f"workers would die of a bus error. Give a container more (docker run --shm-size={_round_up(needed)}g or "
+        "--ipc=host; Kubernetes: an emptyDir of medium Memory on /dev/shm), make batches smaller "
+        f"(train.device_batch_size, eval.batch_size), or set {advice}. Torch's other sharing strategy uses the same "
+        "memory"
     )
 
 
@@ -60,5 +61,5 @@ def _size(count: int) -> str:
 
 
 def _round_up(count: int) -> int:
-    """Return gigabytes with room for others, NCCL among them."""
+    """Return gigabytes, with room for other users such as NCCL."""
     return int(2 * count / 2**30) + 1

@@ -1,7 +1,7 @@
-"""Worker processes that read batches ahead, and what is said and done where one of them dies or hangs.
+"""Data workers: processes that read batches ahead, watched for death and hanging.
 
-A batch is known by its number and depends on that alone, so a process that died can be replaced: others begin again
-at the batch that is due, and the run is the same run.
+A batch depends on its number alone. So if a worker dies, new workers can start at the next batch, and the run is the
+same run.
 """
 
 import logging
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -21,47 +23,47 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from volo.data.dataset import Batch, EvalImages, TrainImages
 from volo.data.pixels.decode import UnreadableImage
 
-PREFETCHED_BATCHES = 2  # a worker
+PREFETCHED_BATCHES = 2  # per worker
 _GRACE_SECONDS = 60
-_START_SECONDS = 60  # a process that has not come up by then never will
-_POLL_SECONDS = 1  # between two looks at the workers while a batch is waited for
-_LOSSES = 3  # how many sets of workers may die over one batch
+_START_SECONDS = 60  # a worker that has not started by then hangs
+_POLL_SECONDS = 1  # between checks of the workers while waiting for a batch
+_LOSSES = 3  # sets of workers that may die on the same batch
 _IDLE = -1
 
 _logger = logging.getLogger("volo")
 
 
 class WorkerFailed(UnreadableImage):
-    """Images cannot be had because the process that reads them died or hangs; the message is one line."""
+    """A data worker died or hangs; the message is one line."""
 
 
 class WorkerDied(WorkerFailed):
-    """A process that reads images is gone."""
+    """A data worker died."""
 
 
 class WorkerNotStarted(WorkerDied):
-    """A process that was to read images hangs before its first one.
+    """A data worker hung during start-up.
 
-    A fork copies locks as they are, and not the threads that hold them: a process that was forked in a bad moment (of
-    a thread of NCCL or Gloo, say) may wait for such a lock for ever. Nothing was lost, and the next one comes up.
+    A fork copies locks in their current state, but not the threads that hold them. A worker that was forked while, say,
+    a thread of NCCL or Gloo held a lock may wait for it for ever. No batch is lost, and the next worker starts.
     """
 
 
 class BatchReader:
-    """Batches by number. Those that follow are read ahead, so they are best asked for one after the other.
+    """Batches by number, read ahead by workers. Reading them in order is fast; any other number restarts the workers.
 
-    It must be no part of a reference cycle: workers end in order when the last reference to it goes. Where the
-    garbage collector finds their queues first, each of them is waited for in vain.
+    It must not be part of a reference cycle: workers end in order when the last reference to it goes. If the garbage
+    collector finds their queues first, ending each worker runs into a timeout.
 
     Args:
-        dataset: Gives samples by key, which is the index of an image or ends with it; names images by ``name(index)``
-            and makes batches of samples by ``collate``.
+        dataset: Gives samples by key, which is the index of an image or ends with it, the location of an image by
+            ``name(index)``, and batches by ``collate(samples)``.
         keys_from: Gives the keys of batch n, n + 1, ... to the last one.
-        workers: Processes that read; 0 reads in this one.
+        workers: Worker processes; 0 reads in this process.
         pin_memory: Put batches into page-locked memory (for CUDA).
-        timeout_seconds: Longest wait for one batch, where there are workers; 0 for no limit.
-        replace_workers: Where a worker dies, start others at the batch that is due; else that is an error. Those that
-            never came up are replaced in any case.
+        timeout_seconds: Longest wait for one batch, if there are workers; 0 for no limit.
+        replace_workers: If a worker dies, start new workers at the next batch instead of raising an error. Workers that
+            hang during start-up are replaced in any case.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class BatchReader:
         """Return batch ``number``.
 
         Raises:
-            WorkerFailed: A worker died and is not to be replaced, or three times in a row did over this batch; or
-                nothing came in time.
+            WorkerFailed: A worker died and may not be replaced, workers died three times in a row on this batch, or the
+                batch did not arrive in time.
         """
         if self._next != number:
             self.close()
@@ -104,40 +106,39 @@ class BatchReader:
                     raise
                 self.lost_workers += 1
                 if losses == _LOSSES:
-                    raise WorkerDied(f"{error} ({losses} times in a row, over the same batch)") from None
-                _logger.error("%s; others take over, and nothing is lost", error)
-        raise AssertionError("either returned or raised")
+                    raise WorkerDied(f"{error} ({losses} times in a row, on the same batch)") from None
+                _logger.error("%s. New workers take over; no image is lost", error)
+        raise AssertionError("not reached")
 
     def close(self) -> None:
-        """End the workers; a later :meth:`read` starts others."""
+        """End the workers; a later :meth:`read` starts new ones."""
         self._pass, self._next = None, -1
 
 
 class _Pass:
     """An iterator of batches, read by one set of workers.
 
-    DataLoader by itself tells of a dead worker by an exception from a signal handler, wherever the main process is
-    at that moment, and waits for a hanging one for ever. Here it is asked again and again with a short timeout (its
-    iterator goes on after one), so that whatever is wrong is found within seconds, and only where a batch is due.
+    DataLoader alone reports a dead worker by an exception from a signal handler, wherever the main process is at that
+    moment, and waits for a hanging one for ever. Here it is polled with a short timeout (its iterator continues after
+    one), so that any problem is found within seconds, and only while waiting for a batch.
     """
 
     def __init__(self, dataset, keys: Iterator[list], workers: int, pin_memory: bool, timeout_seconds: float):
         self._dataset, self._timeout_seconds = dataset, timeout_seconds
-        # Where processes can fork they do: the workers then share the list of files. They stay clear of CUDA, and
-        # DataLoader gives each of them one thread.
+        # Forked workers share the list of files. They do not touch CUDA, and DataLoader gives each of them one thread.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        context = type(multiprocessing.get_context(method))()  # one of our own
+        context: Any = type(multiprocessing.get_context(method))()  # type: ignore[call-arg]  # a copy to modify
         context.Event = lambda: _Flag(context)
-        self._at = context.RawArray("q", [_IDLE] * workers)  # the image that each worker is reading
-        self._pids = context.RawArray("q", [0] * workers)  # and who that is, once it is up
+        self._reading = context.RawArray("q", [_IDLE] * workers)  # index of the image that each worker is reading
+        self._pids = context.RawArray("q", [0] * workers)  # set when each worker has started
         loader = DataLoader(
-            _Watched(dataset, self._at),
+            _Watched(dataset, self._reading),
             batch_sampler=keys,
             collate_fn=dataset.collate,
             num_workers=workers,
             pin_memory=pin_memory,
             timeout=_POLL_SECONDS if workers else 0,
-            # Else each pass would draw a seed for the workers from the global generator, which is the run's.
+            # Otherwise each pass would draw the workers' seed from the global generator, which belongs to the run.
             generator=torch.Generator(),
             worker_init_fn=partial(_start_worker, self._pids) if workers else None,
             multiprocessing_context=context if workers else None,
@@ -163,46 +164,47 @@ class _Pass:
                 problem = self._problem(error, time.monotonic() - begin)
                 if problem is error:
                     raise
-            if problem is not None:  # raised here, it does not hold the frames of the iterator
+            if problem is not None:  # raised here so that it does not hold the frames of the iterator
                 raise problem
 
     def _problem(self, error: Exception, waited: float) -> Exception | None:
-        """Return what ``error`` of the DataLoader means, itself where it is another's; None: go on waiting."""
+        """Return the meaning of an error of the DataLoader: itself if it is not about workers, None to keep waiting."""
         timed_out = str(error).startswith("DataLoader timed out")
         of_worker = timed_out or str(error).startswith("DataLoader worker (pid")
         if not self._workers or (isinstance(error, RuntimeError) and not of_worker):
             return error
-        # A process that was killed while it handed a batch over breaks the connection before it is seen to be gone.
+        # A worker that is killed while it passes a batch breaks the connection before its sentinel is ready.
         gone = wait([worker.sentinel for worker in self._workers], timeout=0 if timed_out else 1)
         for worker in self._workers:
             if worker.sentinel in gone:
                 worker.join()
-                return WorkerDied(_obituary(worker.pid, worker.exitcode, self._place(worker.pid)))
+                return WorkerDied(_death(worker.pid or 0, worker.exitcode or 0, self._image_read_by(worker)))
         if not timed_out:
             return error
         if not all(thread.is_alive() for thread in self._threads):
-            return RuntimeError("the thread that takes batches from the reading processes failed (see above)")
+            return RuntimeError("the thread that receives batches from the data workers failed (see above)")
         hanging = [worker.pid for worker in self._workers if worker.pid not in self._pids[:]]
         if hanging and waited >= _START_SECONDS:
-            return WorkerNotStarted(f"process {hanging[0]}, which is to read images, hangs since it was started")
+            return WorkerNotStarted(f"data worker (pid {hanging[0]}) hung during start-up")
         if self._timeout_seconds and waited >= self._timeout_seconds:
-            busy = [f"process {w.pid}{place}" for w in self._workers if (place := self._place(w.pid))]
-            told = "; ".join(busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
+            busy = [f"data worker (pid {w.pid}){image}" for w in self._workers if (image := self._image_read_by(w))]
+            still = "; ".join(busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
             return WorkerFailed(
-                f"no batch of images came for {self._timeout_seconds:g} s (data.timeout_seconds): "
-                f"{told or 'no process'} is still reading. Does the storage answer? If it is only slow, raise the limit"
+                f"no batch for {self._timeout_seconds:g} s (data.timeout_seconds); still reading: {still or 'none'}. "
+                "Check that the storage responds; if it is only slow, raise data.timeout_seconds"
             )
         return None
 
-    def _place(self, pid: int) -> str:
-        index = dict(zip(self._pids, self._at, strict=True)).get(pid, _IDLE)
+    def _image_read_by(self, worker: BaseProcess) -> str:
+        """Return " at " and the location of the image that a worker is reading; "" if it reads none."""
+        index = dict(zip(self._pids, self._reading, strict=True)).get(worker.pid, _IDLE)
         return "" if index == _IDLE else f" at {self._dataset.name(index)}"
 
     def abandon(self) -> None:
-        """End the workers without waiting for anything.
+        """End the workers without waiting for them.
 
-        An orderly end takes locks and reads pipes that a process may have died over. So the others are killed, and a
-        thread that nobody waits for puts the rest away.
+        An orderly end takes locks and reads pipes that a dead worker may have left unusable. So the other workers are
+        killed, and a daemon thread frees the rest.
         """
         for worker in self._workers:
             worker.kill()
@@ -212,10 +214,10 @@ class _Pass:
 
 
 class _Flag:
-    """What DataLoader needs of an event, without a lock.
+    """The part of multiprocessing.Event that DataLoader uses, without a lock.
 
-    A multiprocessing.Event takes a lock to be looked at, and workers look at it before every batch: where one is killed
-    with the lock in hand, everybody else who looks waits for ever, the main process first.
+    Reading an Event takes a lock, and workers read it before every batch. If one is killed while it holds the lock, all
+    other processes wait for ever.
     """
 
     def __init__(self, context: BaseContext):
@@ -229,38 +231,38 @@ class _Flag:
 
 
 class _Watched(Dataset):
-    """A data set that notes which image each worker is reading, for the message where it does not come back."""
+    """A data set that notes the image that each worker is reading, for messages about dead and hanging workers."""
 
-    def __init__(self, dataset: TrainImages | EvalImages, at):
-        self.dataset, self.at = dataset, at
+    def __init__(self, dataset, reading):
+        self.dataset, self.reading = dataset, reading
 
     def __getitem__(self, key):
         info = get_worker_info()
         if info is None:
             return self.dataset[key]
-        self.at[info.id] = key[1] if isinstance(key, tuple) else key
+        self.reading[info.id] = key[1] if isinstance(key, tuple) else key
         sample = self.dataset[key]
-        self.at[info.id] = _IDLE
+        self.reading[info.id] = _IDLE
         return sample
 
 
-def _obituary(pid: int, exit_code: int, place: str) -> str:
-    """Return how a worker ended, in one line."""
+def _death(pid: int, exit_code: int, image: str) -> str:
+    """Return in one line how a worker ended."""
     if exit_code >= 0:
-        return f"process {pid}, which reads images, ended{place} (exit code {exit_code})"
+        return f"data worker (pid {pid}) exited{image} (exit code {exit_code})"
     name = signal.Signals(-exit_code).name
-    why = {
-        "SIGKILL": ": the system does that where memory runs out (dmesg tells), and fewer data.workers need less",
-        "SIGBUS": ": /dev/shm is full. docker run takes --shm-size=8g or --ipc=host; fewer data.workers need less",
+    remedy = {
+        "SIGKILL": ". The system does this if memory runs out (see dmesg): set fewer data.workers",
+        "SIGBUS": ". /dev/shm is full: run docker with --shm-size=8g or --ipc=host, or set fewer data.workers",
     }.get(name, "")
-    return f"process {pid}, which reads images, was ended by {name}{place}{why}"
+    return f"data worker (pid {pid}) was killed by {name}{image}{remedy}"
 
 
 def _start_worker(pids, worker: int) -> None:
-    """Note that a worker is up, and keep it alive through the signals that ask the run to stop.
+    """Note that a worker has started, and let it survive the signals that ask the run to stop.
 
-    Ctrl-C and many schedulers signal every process of a run at once. The main process finishes its step and saves;
-    for that it needs batches a little longer.
+    Ctrl-C and many schedulers signal every process of a run at once. The main process then needs a few more batches to
+    finish its step and save.
     """
     pids[worker] = os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

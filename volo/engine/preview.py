@@ -1,7 +1,7 @@
-"""What a training batch looks like to the network: the picture of scripts/show_batch.py and of every run's start."""
+"""A picture of a training batch as the network gets it, for scripts/show_batch.py and the start of every run."""
 
 import torch
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 
 from volo.data.loader import TrainLoader
 from volo.data.sources.records import imagenet_classes
@@ -15,8 +15,7 @@ def batch_picture(
 ) -> bytes | None:
     """Return a PNG of the first ``most`` images of a step, as the network gets them, with their token labels.
 
-    Mixing is drawn for these images alone. Returns None where files cannot be read and too few remain: the step
-    itself will name them.
+    Mixing is drawn for these images alone. Returns None if too few of them can be read; the step itself reports them.
     """
     if learner.config.mix.mixes_images:
         most -= most % 2  # images mix in pairs
@@ -34,13 +33,15 @@ def batch_picture(
 
 
 def token_view(targets: Targets, grid: tuple[int, int]) -> TokenView:
-    """Return each token's most likely class, its probability, and whether the token sees the image."""
-    shares, classes = targets.to_dense()[:, :, 2:].cpu().max(1)  # [B, N], of a handful of images
-    return TokenView(classes.numpy(), shares.numpy(), targets.seen().cpu().numpy(), grid)
+    """Return each token's most likely class, its probability, and whether the token covers part of the image."""
+    shares, classes = targets.to_dense()[:, :, 2:].cpu().max(1)  # [B, N] each
+    seen = targets.seen()
+    assert seen is not None  # there are token targets
+    return TokenView(classes.numpy(), shares.numpy(), seen.cpu().numpy(), grid)
 
 
 def readable_names(class_names: tuple[str, ...]) -> list[str]:
-    """Return the class names, synsets of ImageNet in words."""
+    """Return the class names, with words for the synsets of ImageNet."""
     if not set(class_names) <= set(imagenet_classes()):
         return list(class_names)
     info = ImageNetInfo()

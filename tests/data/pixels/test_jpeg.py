@@ -1,4 +1,4 @@
-"""Plain JPEGs decode to Pillow's pixels and end in its refusals, by boxes and by whole rows."""
+"""Plain JPEGs give Pillow's pixels and Pillow's errors, whether boxes or whole rows are decoded."""
 
 import contextlib
 import io
@@ -20,10 +20,10 @@ SMALL = [image.crop((200, 100, 333, 197)) for image in PHOTOGRAPHS]
 
 @pytest.fixture(autouse=True, scope="module", params=["boxes", "rows"])
 def by(request):
-    """Every test is for both decoders; the one that decodes boxes needs a header that is not everywhere."""
+    """Run every test with both decoders; the one for boxes needs a header that may be missing."""
     if request.param == "rows":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jpeg_region, "unavailable_reason", lambda: "as the test has it")
+            patch.setattr(jpeg_region, "unavailable_reason", lambda: "disabled by the test")
             yield request.param
         return
     if reason := jpeg_region.unavailable_reason():
@@ -72,7 +72,7 @@ def test_decoded_rows_are_pillows(kind, mode):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_orientation_tags_count_in_plain_jpegs_too(orientation):
+def test_orientation_tags_of_plain_jpegs(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(SMALL[0], exif=exif)
@@ -97,7 +97,7 @@ def kinds_for_pillow() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "png", "mpo", "tail"])
-def test_what_is_not_plain_goes_through_pillow(kind):
+def test_other_files_are_decoded_by_pillow(kind):
     data = kinds_for_pillow()[kind]
     assert plain_frame(data) is None
     exact, notes = read_image(data, "a.jpg")
@@ -109,11 +109,11 @@ def test_what_is_not_plain_goes_through_pillow(kind):
 @given(cut=st.integers(0, 4000), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=3))
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files_end_as_pillow_has_it(cut, flips):
-    """Cut at any place and with bytes changed: the same error, the same size and notes, the same pixels."""
+def test_damaged_files_give_pillows_pixels_or_its_error(cut, flips):
+    """Files cut anywhere and with changed bytes: the same error, or the same size, notes and pixels."""
     data = bytearray(encoded(SMALL[0], quality=60))
-    for place, bits in flips:
-        data[place % len(data)] ^= bits
+    for at, bits in flips:
+        data[at % len(data)] ^= bits
     data = bytes(data[: len(data) - cut])
 
     def outcome(read):
@@ -141,18 +141,18 @@ def test_damaged_files_end_as_pillow_has_it(cut, flips):
 
 @pytest.mark.parametrize(("mode", "progressive"), [("RGB", False), ("RGB", True), ("L", False)])
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_headers_end_in_pillows_pixels_or_its_refusal(mode, progressive):
-    """Each byte of the headers of the frame (its size apart) and of the first scan, with values that made trouble."""
+def test_damaged_headers_give_pillows_pixels_or_its_error(mode, progressive):
+    """Each byte of the frame header (except the size) and of the first scan header, with values that caused bugs."""
     colours = {"subsampling": 2} if mode == "RGB" else {}
     good = encoded(SMALL[0].crop((0, 0, 40, 61)).convert(mode), progressive=progressive, **colours)
     frame, scan = good.index(b"\xff\xc2" if progressive else b"\xff\xc0"), good.index(b"\xff\xda")
     refused = 0
     components = 3 if mode == "RGB" else 1
-    for place in [*range(frame + 9, frame + 10 + 3 * components), *range(scan + 4, scan + 8 + 2 * components)]:
+    for at in [*range(frame + 9, frame + 10 + 3 * components), *range(scan + 4, scan + 8 + 2 * components)]:
         for value in (0, 1, 0x10, 0x41, 0x15, 0x50, 255):
             data = bytearray(good)
-            data[place] = value
-            with contextlib.suppress(UnreadableImage):  # and no other error
+            data[at] = value
+            with contextlib.suppress(UnreadableImage):  # no other error may be raised
                 read_header(bytes(data), "a.jpg").decode((0, 0, 1, 1))
             try:
                 exact = np.asarray(read_image(bytes(data), "a.jpg")[0])
@@ -169,16 +169,16 @@ def test_damaged_headers_end_in_pillows_pixels_or_its_refusal(mode, progressive)
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xc0", b"\xff\xda", b"\xff\x01", b"\xff\xd8"])
-def test_a_marker_in_the_rows_below_the_crop_is_seen(marker):
-    """All of such a file is decoded, so that it is the same file whatever the crop."""
+def test_a_marker_in_the_rows_below_the_crop_is_detected(marker):
+    """Such a file is decoded as a whole, so that the error does not depend on the crop."""
     data = encoded(SMALL[0])
-    place = len(data) - len(data) // 8
-    damaged = data[:place] + marker + data[place + 2 :]
+    at = len(data) - len(data) // 8
+    damaged = data[:at] + marker + data[at + 2 :]
     assert top(data, plain_frame(data), 8) is not None
     assert top(damaged, plain_frame(damaged), 8) is None
 
 
-def test_more_pixels_than_pillow_allows_are_refused_by_its_own_words(monkeypatch):
+def test_more_pixels_than_pillow_allows_are_refused(monkeypatch):
     data = encoded(SMALL[0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="decompression bomb"):

@@ -1,4 +1,4 @@
-"""RandAugment against timm: the same operations on pixels, drawn with the same frequencies and arguments."""
+"""RandAugment against timm: the same pixels, and the same distribution of operations and arguments."""
 
 import collections
 import random
@@ -19,7 +19,7 @@ ALL_NAMES = sorted({*timm_ops._RAND_TRANSFORMS, *timm_ops._RAND_INCREASING_TRANS
 
 
 class Fixed:
-    """A generator that gives what a test wants: one magnitude, one sign, one choice."""
+    """A generator with a fixed magnitude, sign and choice."""
 
     def __init__(self, magnitude: float, sign: int, choice: int):
         self.magnitude, self.sign, self.choice = magnitude, sign, choice
@@ -58,7 +58,7 @@ def test_every_operation_has_timms_pixels(make_picture, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-def test_arguments_are_timms_to_the_last_bit(monkeypatch, name):
+def test_arguments_are_timms(monkeypatch, name):
     for magnitude in np.linspace(0, 10, 101):
         for sign in (1, -1):
             monkeypatch.setattr(timm_ops, "_randomly_negate", lambda value, sign=sign: sign * value)
@@ -70,10 +70,8 @@ def test_arguments_are_timms_to_the_last_bit(monkeypatch, name):
 
 def test_posterize_to_no_bits_is_black(make_picture):
     image = make_picture(0)
-    for bits in (0, -1):  # mmax above 10 asks for fewer than none
+    for bits in (0, -1):  # mmax above 10 gives negative numbers
         assert not np.asarray(Op("PosterizeIncreasing", (bits,)).apply(image, FILL)).any()
-    # What Pillow did before it refused: keep the bits of a mask that has none.
-    assert [value & ~(2 ** (8 - 0) - 1) for value in range(256)] == [0] * 256
 
 
 def test_the_published_recipe_never_raises(make_picture):
@@ -86,10 +84,10 @@ def test_the_published_recipe_never_raises(make_picture):
             zero_bits += op == Op("PosterizeIncreasing", (0,))
             image = op.apply(image, FILL)
         assert image.size == images[i % 8].size and image.mode == "RGB"
-    assert zero_bits > 0  # the draw on which timm with this Pillow raises
+    assert zero_bits > 0  # timm raises here with this Pillow
 
 
-def test_frequencies_and_magnitudes():
+def test_frequencies():
     policy, rng, count = parse_rand_augment(PUBLISHED), np.random.default_rng(1), 10_000
     plans = [policy.draw(rng, (BILINEAR, BICUBIC)) for _ in range(count)]
     lengths = collections.Counter(map(len, plans))
@@ -100,22 +98,16 @@ def test_frequencies_and_magnitudes():
     assert set(names) == set(timm_ops._RAND_INCREASING_TRANSFORMS)
     expected = len(ops) / len(names)
     assert sum((n - expected) ** 2 / expected for n in names.values()) < 42.6  # chi squared, 14 d.o.f., 1e-4
-    # With replacement: the same operation twice in a plan.
+    # Drawn with replacement: an operation can occur twice in a plan.
     assert any(len(plan) == 2 and plan[0].name == plan[1].name for plan in plans)
-
-    angles = np.array([op.args[0] for op in ops if op.name == "Rotate"])
-    magnitudes = np.abs(angles) / 3
-    assert abs((angles > 0).mean() - 0.5) < 0.08
-    assert magnitudes.max() == 10 and (magnitudes == 10).mean() == pytest.approx(0.0228, abs=0.02)
-    assert magnitudes.mean() == pytest.approx(9, abs=0.1) and magnitudes.std() == pytest.approx(0.5, abs=0.06)
     geometric = [op.resample for op in ops if op.name in _GEOMETRIC]
     assert abs(geometric.count(BICUBIC) / len(geometric) - 0.5) < 0.05
     assert all(op.resample is None for op in ops if op.name not in _GEOMETRIC)
 
 
 @pytest.mark.parametrize("text", [PUBLISHED, "rand-m4-mstd1-n3-tweights"])
-def test_operations_and_arguments_are_distributed_as_timm_draws_them(monkeypatch, text):
-    """Record what timm hands to its pixel functions, and compare per operation."""
+def test_operations_and_arguments_have_timms_distribution(monkeypatch, text):
+    """Compared, for each operation, with the arguments that timm passes to its pixel functions."""
     random.seed(0)
     np.random.seed(0)
     theirs, image = collections.defaultdict(list), Image.new("RGB", (4, 4))
@@ -139,7 +131,7 @@ def test_operations_and_arguments_are_distributed_as_timm_draws_them(monkeypatch
             assert ks_2samp(a, b).pvalue > 1e-4, name
 
 
-def test_the_generator_decides_everything():
+def test_only_the_given_generator_is_used():
     policy = parse_rand_augment("rand-m9-mstd0.5-n4")
     random.seed(0)
     np.random.seed(0)
@@ -163,7 +155,7 @@ def test_the_generator_decides_everything():
         "rand-tweights-m3-n15",
     ],
 )  # fmt: skip
-def test_notation_means_what_timm_reads(text):
+def test_notation_is_read_as_in_timm(text):
     reference = timm_ops.rand_augment_transform(text, {"img_mean": FILL})
     op = reference.ops[0]
     policy = parse_rand_augment(text)
@@ -190,7 +182,7 @@ def test_uniform_magnitudes():
         "rand-mmax0", "rand-m9-", "randm9",
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_by_name(text):
+def test_other_notation_is_refused(text):
     with pytest.raises(ValueError, match="augment.rand_augment is .*rand-m9-mstd0.5-inc1"):
         parse_rand_augment(text)
 

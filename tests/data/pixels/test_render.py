@@ -1,11 +1,10 @@
-"""Native pixels are Pillow's: plans, operations and evaluation, to the last bit, on photographs.
+"""render.cpp against Pillow: operations, plans and evaluation give the same bytes.
 
-Every number of render.cpp is an integer, or a float in Pillow's own order, so there is nothing to tolerate where Pillow
-was compiled without fused multiply-adds, as it is on x86-64. Elsewhere one grey level may differ in a few pixels.
+render.cpp computes with integers, and with floats in Pillow's order of operations. So the bytes are equal if Pillow was
+compiled without fused multiply-adds, as it is on x86-64. Elsewhere one grey level may differ in a few pixels.
 """
 
 import dataclasses
-import math
 import platform
 
 import numpy as np
@@ -51,7 +50,7 @@ def both(config: AugmentConfig, image_hw: tuple[int, int]) -> tuple[TrainTransfo
 
 
 def rendered(transform: TrainTransform | EvalTransform, image: Image.Image, plan: Plan) -> np.ndarray:
-    """Return what ``plan`` makes of an image of which only the box that is needed is there; the rest is noise."""
+    """Return what ``plan`` makes of an image, with noise outside the box that is needed."""
     box = transform.box_needed(plan, (image.height, image.width))
     pixels = from_image(image)
     if box is not None:
@@ -69,7 +68,7 @@ def rendered(transform: TrainTransform | EvalTransform, image: Image.Image, plan
 @pytest.mark.parametrize("order", ["timm", "published"])
 @pytest.mark.parametrize("name", sorted(_ARGUMENT))
 def test_every_operation_is_pillows(name, order):
-    """On photographs, at magnitudes 0 ... 10, of both signs and resamplings, on both canvases."""
+    """On photographs, for several magnitudes, both signs, both resamplings and both orders."""
     native, exact = both(AugmentConfig(), (56, 56))
     for number, level in enumerate((0.0, 0.31, 0.9, 1.0)):
         for sign in (1, -1):
@@ -92,7 +91,7 @@ def test_every_operation_is_pillows(name, order):
 @example(seed=1, order="published", crop="random_resized", size=(2, 97), out=(60, 3))
 @settings(max_examples=300, deadline=None)
 def test_drawn_plans_are_pillows_at_any_size(seed, order, crop, size, out):
-    """Small images and tiny outputs, three operations each: every edge of every canvas is met."""
+    """Small images, tiny outputs and three operations each meet every edge case."""
     config = AugmentConfig(order=order, crop=crop, vflip=0.5, rand_augment="rand-m9-mstd3-n3-p0.8-inc1")
     native, exact = both(config, out)
     image = SMALL[seed % 2].crop((0, 0, *size))
@@ -109,8 +108,8 @@ def test_plans_of_the_published_recipe_are_pillows_on_photographs(order):
         assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
-def test_geometric_operations_take_pixels_from_where_they_say():
-    """Colours tell their place: what arrives is within half a pixel of where Pillow's matrix points, or fill."""
+def test_geometric_operations_move_pixels_as_their_matrix_says():
+    """Colours encode coordinates, and are within half a pixel of the point that the matrix gives, or are the fill."""
     height, width = 200, 240
     y, x = np.mgrid[:height, :width]
     image = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1).astype(np.uint8))
@@ -124,8 +123,8 @@ def test_geometric_operations_take_pixels_from_where_they_say():
         from_x, from_y = a * (x + 0.5) + b * (y + 0.5) + c - 0.5, d * (x + 0.5) + e * (y + 0.5) + f - 0.5
         inside = (from_x > 0) & (from_x < width - 1) & (from_y > 0) & (from_y < height - 1)
         assert (seen[inside]).all() and 0.3 < inside.mean() < 1
-        for seen_at, place in ((out[0], from_x), (out[1], from_y)):  # Pillow cuts off what is behind the point
-            assert np.abs(seen_at + 0.5 - place)[inside].max() <= 0.5 + 1e-9
+        for found, expected in ((out[0], from_x), (out[1], from_y)):  # Pillow truncates
+            assert np.abs(found + 0.5 - expected)[inside].max() <= 0.5 + 1e-9
         assert (out[:, ~seen].T == (124, 116, 104)).all()
 
 
@@ -158,7 +157,7 @@ def test_resize_is_pillows_whichever_pass_comes_first(size, resized):
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
-    """What is built is not there, and nothing can build it."""
+    """Hide the built library and the compiler."""
     with monkeypatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         patch.setenv("CXX", "/nonexistent")
@@ -170,23 +169,20 @@ def no_compiler(monkeypatch, tmp_path):
 def test_without_a_compiler_auto_takes_pillow_and_native_is_refused(no_compiler, make_picture):
     backend = Backend("auto")
     assert not backend.native
-    assert str(backend) == (
-        "Pillow (The native augmentation cannot be built: no C++ compiler was found (/nonexistent); install one or "
-        "name it in CXX)"
-    )
-    with pytest.raises(ValueError, match="augment.backend is 'native'.*no C.. compiler.*give auto or pillow"):
+    assert str(backend).startswith("Pillow (") and "/nonexistent" in str(backend) and "CXX" in str(backend)
+    with pytest.raises(ValueError, match="augment.backend is 'native'.*/nonexistent.*auto or pillow"):
         TrainTransform(AugmentConfig(backend="native"), (8, 8))
     transform = TrainTransform(AugmentConfig(), (8, 8))
     plan = transform.draw(np.random.default_rng(0), 20, 16)
     assert transform.apply(from_image(make_picture(0)), plan).shape == (3, 8, 8)
 
 
-def test_the_backend_says_what_it_is(monkeypatch):
+def test_the_backend_names_itself(monkeypatch):
     monkeypatch.setattr(jpeg_region, "unavailable_reason", lambda: None)
     assert str(Backend("auto")) == str(Backend("native")) == "native"
     monkeypatch.setattr(jpeg_region, "unavailable_reason", lambda: "no header")
-    assert str(Backend("auto")) == "native (JPEGs by whole rows, a little slower: no header)"
-    assert str(Backend("pillow")) == "Pillow (as asked for)"
+    assert str(Backend("auto")).startswith("native (") and "no header" in str(Backend("auto"))
+    assert str(Backend("pillow")) == "Pillow (chosen by augment.backend)"
 
 
 def test_shift_is_pillows(make_picture):
@@ -198,7 +194,6 @@ def test_shift_is_pillows(make_picture):
             assert_same(rendered(native, image, plan), rendered(exact, image, plan))
 
 
-def test_flags_keep_products_and_sums_apart():
-    """With fused multiply-adds the bytes would hang on the processor."""
+def test_no_fused_multiply_adds():
+    """With them the bytes would depend on the processor."""
     assert "-ffp-contract=off" in pixels._FLAGS and "-ffast-math" not in (*pixels._FLAGS, *compiled._FLAGS)
-    assert math.isclose(pixels._affine(Op("Rotate", (30.0,)), 10, 10)[0], math.cos(math.radians(30)))

@@ -1,4 +1,4 @@
-"""Whole training plans, and the evaluation transform against timm's."""
+"""Training plans step by step, and the evaluation transform against timm's."""
 
 import math
 
@@ -21,7 +21,7 @@ SIZES = [(32, 32), (500, 375), (375, 500), (64, 300), (33, 32), (1, 9), (231, 23
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.96, 1.0, 1.15])
 @pytest.mark.parametrize("image_hw", [(32, 32), (224, 224), (48, 80), (80, 48)])
-def test_evaluation_is_timms_to_the_last_bit(make_picture, image_hw, crop_pct, interpolation):
+def test_evaluation_has_timms_pixels(make_picture, image_hw, crop_pct, interpolation):
     reference = create_transform((3, *image_hw), interpolation=interpolation, crop_pct=crop_pct, use_prefetcher=True)
     transform = EvalTransform(image_hw, crop_pct, interpolation)
     for width, height in SIZES:
@@ -32,7 +32,7 @@ def test_evaluation_is_timms_to_the_last_bit(make_picture, image_hw, crop_pct, i
 
 
 def test_crop_pct_above_one_pads_with_black():
-    """448 / 1.15: the image is 389 pixels wide, and 59 rows and columns are black."""
+    """floor(448 / 1.15) = 389, so 59 rows and columns are black."""
     pixels = EvalTransform((448, 448), 1.15, "bicubic")(Image.new("RGB", (600, 600), (9, 9, 9)))
     black = (pixels == 0).all(0)
     assert black.all(0).sum() == black.all(1).sum() == 59
@@ -54,8 +54,8 @@ def test_every_drawn_plan_can_be_applied(make_picture, order, crop, size):
         np.testing.assert_array_equal(pixels, transform.apply(from_image(image), plan))
 
 
-def test_the_steps_of_a_plan_in_either_order(make_picture):
-    """An asymmetric plan, carried out here by hand on arrays and by Pillow."""
+def test_the_order_of_the_steps_of_a_plan(make_picture):
+    """Against the same steps by hand, on arrays and with Pillow; the plan is asymmetric."""
     image = make_picture(0, 40, 30)
     crop = ResizedCrop(2, 3, 20, 25, BICUBIC)
     transform = TrainTransform(AugmentConfig(), (16, 24))
@@ -69,9 +69,9 @@ def test_the_steps_of_a_plan_in_either_order(make_picture):
     ops = (Op("Invert"),)
     timm_order = transform.apply(from_image(image), Plan("timm", crop, hflip=True, ops=ops))
     np.testing.assert_array_equal(timm_order, np.asarray(inverted_and_mirrored(cropped(image))).transpose(2, 0, 1))
-    reference = transform.apply(from_image(image), Plan("published", crop, hflip=True, ops=ops))
-    np.testing.assert_array_equal(reference, np.asarray(cropped(inverted_and_mirrored(image))).transpose(2, 0, 1))
-    assert (timm_order != reference).any()
+    published = transform.apply(from_image(image), Plan("published", crop, hflip=True, ops=ops))
+    np.testing.assert_array_equal(published, np.asarray(cropped(inverted_and_mirrored(image))).transpose(2, 0, 1))
+    assert (timm_order != published).any()
     upside_down = transform.apply(from_image(image), Plan("timm", crop, vflip=True))
     np.testing.assert_array_equal(upside_down, np.asarray(cropped(image))[::-1].transpose(2, 0, 1))
 
@@ -109,11 +109,11 @@ def test_interpolation_choice_reaches_crop_and_operations():
         assert {op.resample for plan in plans for op in plan.ops} - {None} == expected
 
 
-def test_fill_is_the_mean_as_timm_rounds_it():
+def test_the_fill_colour_is_the_mean_rounded_as_in_timm():
     assert TrainTransform(AugmentConfig(), (8, 8)).fill == (124, 116, 104)
     assert TrainTransform(AugmentConfig(mean=[0.5, 0.0, 1.0]), (8, 8)).fill == (128, 0, 255)
 
 
-def test_a_bad_policy_fails_before_any_image():
+def test_a_wrong_policy_is_refused_before_any_image():
     with pytest.raises(ValueError, match="augment.rand_augment"):
         TrainTransform(AugmentConfig(rand_augment="rand-m9-inc3"), (8, 8))

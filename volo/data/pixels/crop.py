@@ -5,6 +5,7 @@ the image and of the output, in pixels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,8 +91,8 @@ def _centred(side: int, out: int) -> int:
 def draw_resized_crop(
     rng: np.random.Generator,
     image_hw: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     resamples: tuple[Image.Resampling, ...],
 ) -> ResizedCrop:
     """Draw a box of random area and aspect ratio, with the algorithm of torchvision's and timm's crop.

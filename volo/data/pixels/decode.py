@@ -206,7 +206,7 @@ def _decode_rows(data: bytes, frame: Frame, box: Box, pixels: np.ndarray) -> boo
 def count_notes(notes: Iterable[int]) -> dict[str, int]:
     """Count how many images carry each note, by its lower-case name; notes that do not occur are left out."""
     values = [int(value) for value in notes]
-    counts = {note.name.lower(): sum(bool(value & note) for value in values) for note in Note}
+    counts = {str(note.name).lower(): sum(bool(value & note) for value in values) for note in Note}
     return {name: count for name, count in counts.items() if count}
 
 

@@ -1,9 +1,8 @@
-// Decodes a box of a JPEG with the very libjpeg-turbo that Pillow has loaded. jpeg_region.py builds this file and calls
-// it.
+// Decodes a box of a JPEG with the libjpeg-turbo that Pillow has loaded. jpeg_region.py builds and calls this file.
 //
-// Every bit of the file up to the last row of the box has to be read, but what lies above and beside the box is neither
-// transformed back nor brought to full colours. The functions are looked up at run time; jpeglib.h only says how they
-// are called, and the library refuses a caller who takes it for another version or layout.
+// The entropy-coded data have to be read up to the last row of the box, but the inverse DCT, the upsampling and the
+// colour conversion are skipped outside the box. The functions are looked up at run time; jpeglib.h only declares them,
+// and the library refuses a caller that was compiled for another ABI.
 #include <algorithm>
 #include <csetjmp>
 #include <cstddef>
@@ -13,8 +12,7 @@
 #include <dlfcn.h>
 #include <type_traits>
 
-// The header describes every layout of the library. Which it is, is not for this machine's own copy to say, but for
-// Pillow's.
+// The ABI is that of Pillow's library (LAYOUT), not that of the copy installed on this machine.
 #define JCONFIG_INCLUDED
 #include <jconfig.h>
 #undef JPEG_LIB_VERSION
@@ -43,7 +41,7 @@ struct Box {
 };
 
 struct Decoder {
-    jpeg_error_mgr errors;  // first: the library hands back a pointer to it
+    jpeg_error_mgr errors;  // first, as the library passes a pointer to it
     jmp_buf failed;
     jpeg_decompress_struct info;
 };
@@ -51,8 +49,8 @@ struct Decoder {
 void fail(j_common_ptr info) { std::longjmp(reinterpret_cast<Decoder*>(info->err)->failed, 1); }
 void say_nothing(j_common_ptr) {}
 
-// Whether nothing but the end follows in the data of a scan. Damage further down would fail a whole decoding: then it
-// is to do so whatever the box. Where it breaks no marker it goes unseen.
+// Returns whether the first marker in the data of a scan is the end of the image. Damage below the box makes decoding
+// the whole image fail, so it must fail here too, whatever the box. Only damage that shows in a marker is detected.
 bool ends_well(const uint8_t* p, const uint8_t* end) {
     constexpr uint8_t mark = 0xff, stuffing = 0x00, restart = 0xd0, end_of_image = 0xd9;
     while ((p = static_cast<const uint8_t*>(std::memchr(p, mark, end - p))) && ++p < end)
@@ -60,8 +58,9 @@ bool ends_well(const uint8_t* p, const uint8_t* end) {
     return false;
 }
 
-// Grey, or a first colour beside others that are as fine, or half as fine across, down or both. With other layouts,
-// which hardly occur, earlier versions of the library had their difficulties.
+// Returns whether the image is grey or has one of the common samplings: the chroma components have the resolution of
+// the first component, or half of it in one or both directions. Some versions of the library decode boxes of other
+// samplings, which are rare, incorrectly.
 bool is_common(const jpeg_decompress_struct& info) {
     const int across = info.max_h_samp_factor, down = info.max_v_samp_factor;
     if (across > 2 || down > 2) return false;
@@ -74,7 +73,7 @@ bool is_common(const jpeg_decompress_struct& info) {
     return true;
 }
 
-// The objects of this function hold nothing, as an error in the library jumps out of it.
+// An error in the library jumps out of this function, so its objects must not need destructors.
 bool decode(Decoder& decoder, const uint8_t* data, int64_t size, uint8_t* pixels, int64_t width, int64_t height,
             Box box) {
     jpeg_decompress_struct& info = decoder.info;
@@ -90,8 +89,8 @@ bool decode(Decoder& decoder, const uint8_t* data, int64_t size, uint8_t* pixels
     if (info.output_width != width || info.output_height != height) return false;
 
     if (!is_common(info)) box = {0, 0, width, height};
-    // Coarser colours are mixed with their neighbours, which beside what is decoded are not there: a block more on
-    // either side, whose own pixels nobody looks at. Above and below the library sees to it.
+    // Upsampling subsampled chroma needs neighbouring columns, so one more block is decoded on either side. Above and
+    // below the box the library takes care of it.
     const int64_t block = 8 * info.max_h_samp_factor, beside = block > 8 ? block : 0;
     box.x0 = std::max<int64_t>(box.x0 / block * block - beside, 0);
     box.x1 = std::min((box.x1 + block - 1) / block * block + beside, width);
@@ -110,7 +109,7 @@ bool decode(Decoder& decoder, const uint8_t* data, int64_t size, uint8_t* pixels
 
 }  // namespace
 
-// Takes the functions of a library that was loaded. Returns the name of one that it lacks, or null.
+// Looks up the functions in a loaded library. Returns the name of a missing one, or null.
 extern "C" const char* bind(void* library) {
     const char* missing = nullptr;
     const auto find = [&](auto& function, const char* name) {
@@ -129,8 +128,8 @@ extern "C" const char* bind(void* library) {
     return missing;
 }
 
-// Decodes a file of `size` bytes to `pixels`, RGBX [height, width], of which box x0, y0, x1, y1 will be right. `scan`
-// is where its only scan starts, or -1. Returns 0 where there is an error, or as much as a warning.
+// Decodes a file of `size` bytes into `pixels`, RGBX [height, width]; only box x0, y0, x1, y1 is valid afterwards.
+// `scan` is the position of its only scan, or -1. Returns 0 after an error or a warning.
 extern "C" int64_t decode_region(const uint8_t* data, int64_t size, int64_t scan, uint8_t* pixels, int64_t width,
                                  int64_t height, int64_t x0, int64_t y0, int64_t x1, int64_t y1) {
     if (scan >= 0 && !ends_well(data + scan + 2, data + size)) return 0;

@@ -1,4 +1,4 @@
-"""Applies a plan to pixels with Pillow's and timm's own operations: the fallback, and what render.py is tested against.
+"""Applies a plan to pixels with Pillow and timm: the fallback for render.py, and the reference in its tests.
 
 H, W are the height and width of the image, h, w those of the output.
 """
@@ -10,15 +10,15 @@ from volo.data.pixels.plan import Plan
 
 
 def box_needed(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -> None:
-    """Return None: Pillow works on whole images."""
+    """Return None, which stands for the whole image: Pillow cannot work on less."""
 
 
 def render(pixels: np.ndarray, plan: Plan, out_hw: tuple[int, int], fill: tuple[int, int, int]) -> np.ndarray:
-    """Return what ``plan`` makes of an image.
+    """Return an image with ``plan`` applied.
 
     Args:
-        pixels: uint8 [H, W, 3], all of the image; a fourth channel is ignored.
-        plan: What to do, apart from erasing.
+        pixels: The whole image, uint8 [H, W, 3]; a fourth channel is ignored.
+        plan: The plan; erasing is left out.
         out_hw: (h, w).
         fill: Colour of areas that a geometric operation uncovers.
 
@@ -46,6 +46,7 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 def _crop(image: Image.Image, plan: Plan, out_hw: tuple[int, int]) -> Image.Image:
     window = plan.crop.window((image.height, image.width), out_hw)
-    image = image.crop(window.box).resize(window.resized_hw[::-1], window.resample)
-    # Pillow fills with black where this box lies outside the image.
+    height, width = window.resized_hw
+    image = image.crop(window.box).resize((width, height), window.resample)
+    # Pillow fills the part of this box outside the image with black.
     return image.crop((window.left, window.top, window.left + out_hw[1], window.top + out_hw[0]))

@@ -1,4 +1,4 @@
-"""What happens to one image, as one object that its pixels and its label map both follow."""
+"""The plan of one image's augmentation, which its pixels and its label map both follow."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +9,11 @@ from volo.data.pixels.rand_augment import Op
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one image.
+    """The steps of one image's augmentation, with every draw made.
 
     Args:
         order: "timm": crop, flips, operations. "published": flips, operations on the whole image, crop.
-        crop: What becomes the output; it refers to the image as it is when the crop's turn comes.
+        crop: The part of the image that becomes the output, in pixels of the image at that step.
         hflip: Mirror left and right.
         vflip: Mirror top and bottom.
         ops: RandAugment operations, in order.

@@ -1,8 +1,8 @@
-"""RandAugment (arXiv 1909.13719) as timm does it, with every draw explicit.
+"""RandAugment (arXiv 1909.13719) as in timm, with every draw explicit.
 
-Which operations there are and what they do to pixels comes from timm's tables. Which of them an image gets, and
-with what argument, sign and resampling, is drawn here from the generator passed in, because timm draws from the
-global state of ``random`` and ``numpy.random``. A drawn :class:`Op` holds nothing left to chance.
+The operations are those in timm's tables. Which of them an image gets, and with which argument, sign and resampling, is
+drawn here from a generator that is passed in; timm draws from the global state of ``random`` and ``numpy.random``. A
+drawn :class:`Op` is applied without drawing anything.
 """
 
 import re
@@ -22,7 +22,7 @@ class Op:
 
     Args:
         name: Key of timm's table of operations.
-        args: What the operation takes beside the image: degrees, a factor, a threshold ... or nothing.
+        args: Argument of the operation (degrees, a factor, a threshold, ...); empty if it takes none.
         resample: Resampling of a geometric operation; None for an operation on colours.
     """
 
@@ -31,9 +31,9 @@ class Op:
     resample: Image.Resampling | None = None
 
     def apply(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-        """Return the changed image; ``fill`` is the colour of what a geometric operation uncovers."""
+        """Return the changed image; ``fill`` is the colour of areas that a geometric operation uncovers."""
         if self.name.startswith("Posterize") and self.args[0] <= 0:
-            # No bit kept is black. Pillow used to say so too; now it refuses to keep 0 bits.
+            # Keeping 0 bits gives black. Pillow used to do that too; now it refuses.
             return Image.new(image.mode, image.size)
         from timm.data import auto_augment as timm_ops
 
@@ -43,14 +43,14 @@ class Op:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """How operations are drawn.
+    """The distribution that operations are drawn from.
 
     Args:
         names: The operations.
-        magnitude: Mean magnitude, of 10.
+        magnitude: Mean magnitude, in [0, 10].
         magnitude_std: Standard deviation of the magnitude; infinity draws it uniformly from 0 to ``magnitude``.
-        magnitude_max: Magnitudes are clipped to [0, this].
-        num_ops: Operations drawn for an image.
+        magnitude_max: Magnitudes are clipped to [0, magnitude_max].
+        num_ops: Operations per image.
         prob: Probability that a drawn operation is applied.
         weights: Probability of each of ``names``, which are then drawn without replacement, as timm draws them; None
             if they are equally likely, and drawn with replacement.
@@ -90,13 +90,13 @@ class RandAugment:
 def parse_rand_augment(text: str) -> RandAugment | None:
     """Read timm's notation, such as 'rand-m9-mstd0.5-inc1'; None for 'none'.
 
-    After 'rand', in any order and each at most once: m (magnitude, 10), n (operations an image, 2), p (probability
-    of each, 0.5), mstd (standard deviation of the magnitude, 0; above 100 the magnitude is uniform from 0 to m),
-    mmax (largest magnitude, 10), inc (1: the operations that get stronger with the magnitude; 0: the original
-    ones). Or, in place of inc, tweights: timm's set with weights, in which nine in ten are geometric.
+    After 'rand', in any order and each at most once, with these defaults: m (magnitude, 10), n (operations per image,
+    2), p (probability of each, 0.5), mstd (standard deviation of the magnitude, 0; above 100 the magnitude is uniform
+    from 0 to m), mmax (largest magnitude, 10), inc (0; 1 selects the variants that get stronger with the magnitude);
+    or, instead of inc, tweights (timm's weighted set, in which nine in ten operations are geometric).
 
     Raises:
-        ValueError: Anything else. timm lets some misspellings pass without effect.
+        ValueError: The text is not valid; timm ignores some misspellings.
     """
     if text == "none":
         return None
@@ -108,18 +108,18 @@ def parse_rand_augment(text: str) -> RandAugment | None:
     for section in sections:
         match = _OPTION.fullmatch(section)
         if match is None or match[1] in values or (match[1] in ("m", "n", "mmax", "inc") and "." in match[2]):
-            raise _refused(text, f"{section!r} is not understood, or given twice")
+            raise _refused(text, f"{section!r} is unknown or given twice")
         values[match[1]] = float(match[2])
     if variant != "rand":
-        raise _refused(text, "it begins with 'rand'")
+        raise _refused(text, "it must begin with 'rand'")
     if values.get("inc", 0) not in (0, 1):
-        raise _refused(text, "inc is 0 or 1")
+        raise _refused(text, "inc must be 0 or 1")
     if weighted and "inc" in values:
-        raise _refused(text, "the set of tweights has no inc")
+        raise _refused(text, "tweights and inc exclude each other")
     if weighted and values.get("n", 2) > 15:
-        raise _refused(text, "tweights draws without replacement from 15 operations")
+        raise _refused(text, "tweights draws without replacement from 15 operations, so n must be at most 15")
     if values.get("n", 2) < 1 or values.get("p", 0.5) > 1 or values.get("mmax", _LEVELS) < 1:
-        raise _refused(text, "n and mmax are at least 1, p is at most 1")
+        raise _refused(text, "n and mmax must be at least 1, p at most 1")
 
     from timm.data import auto_augment as timm_ops  # takes seconds to import, and evaluation does not need it
 
@@ -143,12 +143,12 @@ def parse_rand_augment(text: str) -> RandAugment | None:
 
 def _refused(text: str, reason: str) -> ValueError:
     return ValueError(
-        f"augment.rand_augment is {text!r}: {reason}; give 'none' or timm's notation with m, n, p, mstd, mmax, "
-        "inc and tweights, such as 'rand-m9-mstd0.5-inc1'"
+        f"augment.rand_augment is {text!r}: {reason}. Give 'none' or timm's notation with m, n, p, mstd, mmax, inc "
+        "and tweights, such as 'rand-m9-mstd0.5-inc1'"
     )
 
 
-# The argument of each operation at level = magnitude / 10, with the drawn sign where it has one.
+# The argument of each operation, from level = magnitude / 10 and a drawn sign.
 _ARGUMENT: dict[str, Callable[[float, int], float] | None] = {
     "AutoContrast": None,
     "Equalize": None,
@@ -160,7 +160,7 @@ _ARGUMENT: dict[str, Callable[[float, int], float] | None] = {
     "TranslateYRel": lambda level, sign: sign * level * 0.45,  # of the height
     "Posterize": lambda level, sign: int(level * 4),  # bits kept
     "PosterizeIncreasing": lambda level, sign: 4 - int(level * 4),
-    "Solarize": lambda level, sign: min(256, int(level * 256)),  # values from here on are inverted
+    "Solarize": lambda level, sign: min(256, int(level * 256)),  # values from this one on are inverted
     "SolarizeIncreasing": lambda level, sign: 256 - min(256, int(level * 256)),
     "SolarizeAdd": lambda level, sign: min(128, int(level * 110)),  # added to values below 128
 }

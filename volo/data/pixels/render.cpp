@@ -1,10 +1,10 @@
-// What a Plan does to the pixels of one image, in Pillow's own arithmetic. pixels.py builds this file and calls it.
+// Applies a Plan to the pixels of one image, with Pillow's arithmetic. render.py builds and calls this file.
 //
-// Pillow applies every step to a whole image, on one image object after the other. Here a step computes only the box
-// that the steps after it will look at, in place where it can, and four channels are one vector: a pixel is R, G, B and
-// a byte that means nothing, which is how the decoder hands them over. Every rounding is Pillow's, so that both give
-// the same bytes: floats where Pillow has floats, no fused multiply-add (-ffp-contract=off), 22-bit fixed point in the
-// resize. Canvases are W x H pixels; boxes are half open.
+// Pillow applies each step to the whole image and allocates a new one for it. Here a step computes only the box that
+// the following steps read, in place if possible, and the four channels of a pixel are one vector: R, G, B and an
+// undefined byte, as the decoder writes them. Every rounding is Pillow's, so that both give the same bytes: floats
+// where Pillow has floats, no fused multiply-add (-ffp-contract=off), 22-bit fixed point in the resize. Canvases are
+// W x H pixels; boxes are half open.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,20 +23,20 @@ struct Box {
 enum Kind : int64_t { AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST, COLOR,
                       SHARPNESS, AFFINE };
 
-struct Op {  // as pixels.py packs it
+struct Op {  // as render.py packs it
     int64_t kind, cubic;
     double args[6];
 };
 
-struct Job {  // as pixels.py packs it
+struct Job {  // as render.py packs it
     int64_t width, height;             // of the image
-    int64_t ops_first;                 // flips and operations come before the resize, on the image's own canvas
+    int64_t ops_first;                 // flips and operations come before the resize, on the canvas of the image
     int64_t hflip, vflip, num_ops;
-    Box crop;                          // of the canvas, which is resized to
-    int64_t resized_w, resized_h;      // this size, of which the output is the window
-    int64_t left, top, out_w, out_h;   // that begins here; what it has beside the resized image is black
-    int64_t cubic, tall_first;         // resampling; which pass comes first
-    int64_t fill[3];                   // colour of what a geometric operation uncovers
+    Box crop;                          // box of the canvas that is resized
+    int64_t resized_w, resized_h;      // size that it is resized to
+    int64_t left, top, out_w, out_h;   // the output, a window of the resized box; black outside it
+    int64_t cubic, tall_first;         // resampling; whether the vertical pass may come first
+    int64_t fill[3];                   // colour of areas that a geometric operation uncovers
 };
 
 typedef int32_t i32x4 __attribute__((vector_size(16)));
@@ -44,12 +44,12 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef double f64x4 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 
-// Four and eight bytes as integers, and back. GCC makes single bytes of these conversions where it could take vectors.
+// Conversions between four or eight bytes and integers. GCC does not vectorise them by itself.
 #ifdef __AVX2__
 inline i32x4 load(const uint8_t* p) { return i32x4(_mm_cvtepu8_epi32(_mm_loadu_si32(p))); }
 inline i32x8 load_two(const uint8_t* p) { return i32x8(_mm256_cvtepu8_epi32(_mm_loadu_si64(p))); }
 inline f64x4 wide(i32x4 v) { return f64x4(_mm256_cvtepi32_pd(__m128i(v))); }
-inline void store(i32x4 v, uint8_t* p) {  // what is outside 0 ... 255 is clipped
+inline void store(i32x4 v, uint8_t* p) {  // clips to 0 ... 255
     const __m128i words = _mm_packus_epi32(__m128i(v), __m128i(v));
     _mm_storeu_si32(p, _mm_packus_epi16(words, words));
 }
@@ -77,20 +77,19 @@ template <class Bytes, class V> inline void write(V v, uint8_t* p) {
 inline i32x4 load(const uint8_t* p) { return read<u8x4, i32x4>(p); }
 inline i32x8 load_two(const uint8_t* p) { return read<u8x8, i32x8>(p); }
 inline f64x4 wide(i32x4 v) { return __builtin_convertvector(v, f64x4); }
-inline void store(i32x4 v, uint8_t* p) { write<u8x4>(v, p); }  // what is outside 0 ... 255 is clipped
+inline void store(i32x4 v, uint8_t* p) { write<u8x4>(v, p); }  // clips to 0 ... 255
 inline void store_two(i32x8 v, uint8_t* p) { write<u8x8>(v, p); }
 #endif
 
-// Pixels of a canvas, of which those in some box are there: (x, y) lies at data + (y - y0) * stride + 4 * (x - x0).
+// A box of the pixels of a canvas: (x, y) is at data + (y - y0) * stride + 4 * (x - x0).
 struct Image {
     uint8_t* data;
     int64_t stride, width, height, x0, y0;
     uint8_t* at(int64_t x, int64_t y) const { return data + (y - y0) * stride + 4 * (x - x0); }
 };
 
-// Scratch memory that is kept from image to image: new pages cost more than most of what is done here. But not that of
-// an image so large that the pages are little beside it, which every worker would keep for ever. Reading a few bytes
-// past the last pixel is allowed everywhere.
+// Scratch memory that is kept from image to image, because new pages cost more than most steps. That of huge images is
+// freed: every worker would keep it for ever. Code may read a few bytes past the last pixel.
 struct Scratch {
     static constexpr size_t most_kept = size_t(64) << 20;
     std::vector<uint8_t> bytes;
@@ -116,7 +115,7 @@ inline uint8_t clip8(double v) { return v <= 0 ? 0 : v >= 255 ? 255 : uint8_t(v)
 inline float blend(int from, int to, float alpha) { return float(from) + alpha * float(to - from); }
 
 void count(const Image& image, Counts& counts) {  // over the whole canvas
-    int32_t some[2][3][256] = {};                 // two sets, as neighbours often have the same value
+    int32_t some[2][3][256] = {};                 // two sets, because neighbours often have the same value
     for (int64_t y = 0; y < image.height; ++y) {
         const uint8_t* p = image.at(0, y);
         for (int64_t x = 0; x < image.width; ++x, p += 4)
@@ -127,10 +126,10 @@ void count(const Image& image, Counts& counts) {  // over the whole canvas
 }
 
 void extremes(const Image& image, uint8_t (&low)[3], uint8_t (&high)[3]) {  // over the whole canvas
-    u8x32 least = u8x32{} + 255, most = {};                                   // of eight pixels beside one another
+    u8x32 least = u8x32{} + 255, most = {};                                   // of eight adjacent pixels
     for (int64_t y = 0; y < image.height; ++y) {
         const uint8_t* p = image.at(0, y);
-        // The last eight of a row overlap those before; what is narrower is seen pixel by pixel.
+        // The last eight pixels of a row overlap the ones before. Narrower images are read byte by byte.
         for (int64_t x = 0; image.width >= 8 && x < image.width; x += 8) {
             u8x32 pixels;
             std::memcpy(&pixels, p + 4 * std::min(x, image.width - 8), sizeof pixels);
@@ -182,7 +181,7 @@ int mean_grey(const Image& image) {  // over the whole canvas
     return int(double(sum) / double(image.width * image.height) + 0.5);
 }
 
-// One table for each channel; what depends on one value alone.
+// Fills one lookup table per channel, for operations that map each value on its own.
 void fill_tables(const Op& op, const Image& image, Table (&tables)[3]) {
     if (op.kind == AUTO_CONTRAST) {
         uint8_t low[3], high[3];
@@ -238,7 +237,7 @@ void color(const Image& image, Box box, float alpha) {
     }
 }
 
-// Blends with the mean of 3 x 3 pixels, the middle one counted five times. The edge of the canvas stays as it is.
+// Blends with the weighted mean of 3 x 3 pixels; the centre has weight 5. The edge of the canvas does not change.
 void sharpen(const Image& in, const Image& out, Box box, float alpha) {
     for (int64_t y = box.y0; y < box.y1; ++y) {
         std::memcpy(out.at(box.x0, y), in.at(box.x0, y), 4 * (box.x1 - box.x0));
@@ -256,7 +255,8 @@ void sharpen(const Image& in, const Image& out, Box box, float alpha) {
 
 // ---- Geometry
 
-// Between b and c of four neighbours: linear, or the cubic of Pillow's transforms. In integers first, as it is exact.
+// Interpolates between b and c of four neighbours: linearly, or with the cubic of Pillow's transforms. Sums are
+// computed in integers, which is exact.
 template <bool cubic> inline f64x4 between(const uint8_t* p, int64_t a, int64_t c, int64_t d, double t) {
     const i32x4 pb = load(p), pc = load(p + c);
     if constexpr (!cubic) return wide(pb) + wide(pc - pb) * t;
@@ -267,7 +267,7 @@ inline f64x4 between(f64x4 a, f64x4 b, f64x4 c, f64x4 d, double t) {
     return b + t * ((c - a) + t * (2.0 * (a - b) + c - d + t * (b - a - c + d)));
 }
 
-// pa ... pd: the same column of four rows; a, c, d: where the columns beside it lie, in bytes.
+// pa ... pd: the same column of four rows; a, c, d: offsets of the neighbouring columns, in bytes.
 template <bool cubic, bool across, bool down>
 inline f64x4 mixed(const uint8_t* pa, const uint8_t* pb, const uint8_t* pc, const uint8_t* pd, int64_t a, int64_t c,
                    int64_t d, double dx, double dy) {
@@ -280,7 +280,7 @@ inline f64x4 mixed(const uint8_t* pa, const uint8_t* pb, const uint8_t* pc, cons
     else return between(row(pa), row(pb), row(pc), row(pd), dy);
 }
 
-// One coordinate of the points that a row of pixels looks at: the cell before each, and how far behind its centre.
+// One coordinate of the source points of a row of pixels: the cell before each, and the distance from its centre.
 struct Points {
     std::vector<double> place, part;
     std::vector<int32_t> cell;
@@ -311,7 +311,7 @@ struct Points {
     }
 };
 
-// across, down: whether points lie between columns, between rows. Rotation needs both, shear and translation one.
+// across, down: whether to interpolate between columns, between rows. Rotation needs both, shear and translation one.
 template <bool cubic, bool across, bool down>
 void warp(const Image in, const Image out, const Box box, const double* m, const uint8_t* fill) {
     static thread_local Points kept_columns, kept_rows;
@@ -322,7 +322,7 @@ void warp(const Image in, const Image out, const Box box, const double* m, const
         if (across) columns.locate(m, box.x0, y, n);
         if (down) rows.locate(m + 3, box.x0, y, n);
         uint8_t* to = out.at(box.x0, y);
-        // Plain pointers: for all the compiler knows a pixel that is stored may be part of an object.
+        // Plain pointers, because the compiler must assume that storing a pixel changes the vectors.
         const double *sx = columns.place.data(), *sy = rows.place.data();
         const double *part_x = columns.part.data(), *part_y = rows.part.data();
         const int32_t *cell_x = columns.cell.data(), *cell_y = rows.cell.data();
@@ -333,10 +333,10 @@ void warp(const Image in, const Image out, const Box box, const double* m, const
             return mixed<cubic, across, down>(p - step, p, p + step, p + 2 * step, -4, 4, 8, across ? part_x[i] : 0,
                                               down ? part_y[i] : 0);
         };
-        const auto whole = [&](int64_t i) {  // all of its neighbours are there, and so is the point itself
+        const auto whole = [&](int64_t i) {  // the point and all of its neighbours are inside the image
             return (!across || inner(cell_x[i], W)) && (!down || inner(cell_y[i], H));
         };
-        // Coordinates rise or fall along a row, to their last bit: between two such points lie no others.
+        // Coordinates are monotonic along a row, even in their last bit, so all points between two such are such.
         int64_t first = 0, end = n;
         while (first < n && !whole(first)) ++first;
         while (end > first && !whole(end - 1)) --end;
@@ -353,7 +353,7 @@ void warp(const Image in, const Image out, const Box box, const double* m, const
             }
             const int64_t column = across ? cell_x[i] : box.x0 + i, row = down ? cell_y[i] : y;
             const double dx = across ? part_x[i] : 0, dy = down ? part_y[i] : 0;
-            // Beyond the edge lies what is on the edge.
+            // Coordinates beyond the edge are clamped to it.
             const auto x = [&](int k) { return 4 * (std::min(std::max<int64_t>(column + k, 0), W - 1) - in.x0); };
             const auto p = [&](int k) { return in.at(in.x0, std::min(std::max<int64_t>(row + k, 0), H - 1)) + x(0); };
             const f64x4 v =
@@ -375,7 +375,7 @@ void warp(const Op& op, const Image& in, const Image& out, Box box, const int64_
     run(in, out, box, op.args, fill);
 }
 
-// What an operation has to see of its canvas to give `box`.
+// Returns the box of its canvas that an operation reads to compute `box`.
 Box needs(const Op& op, Box box, int64_t W, int64_t H) {
     const auto within = [](double v, int64_t most) { return int64_t(std::min(std::max(v, 0.0), double(most))); };
     switch (op.kind) {
@@ -399,7 +399,7 @@ Box needs(const Op& op, Box box, int64_t W, int64_t H) {
             within(high[1] + 3, H - 1) + 1};
 }
 
-// Mirrors the image; only `box`, as it is afterwards, has to be right.
+// Mirrors the image; only `box`, in the coordinates after mirroring, has to be valid.
 void flip(Image& image, Box box, bool across, bool down) {
     if (down) {
         image.data = image.at(image.x0, image.height - 1);
@@ -419,14 +419,14 @@ void flip(Image& image, Box box, bool across, bool down) {
     }
 }
 
-// ---- Resize: two passes with an 8-bit image between them, across first
+// ---- Resize: two passes with an 8-bit image between them, usually the horizontal one first
 
 constexpr int bits = 32 - 8 - 2;
 
-struct Axis {  // which pixels of the input make each of some pixels of the output, and their weights
+struct Axis {  // for each pixel of the output along one axis: the input pixels that it depends on, and their weights
     std::vector<int64_t> first;
-    std::vector<int32_t> weights;  // `taps` for each, an even number
-    std::vector<int32_t> spread;   // each of them four times, for four channels
+    std::vector<int32_t> weights;  // `taps` per output pixel, an even number
+    std::vector<int32_t> spread;   // each weight four times, for four channels
     int64_t taps;
 };
 
@@ -437,7 +437,7 @@ inline double kernel(double x, bool cubic) {
     return x < 1 ? ((a + 2) * x - (a + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-struct Filter {  // which pixels of `in` in a row make each of `out`
+struct Filter {  // from `in` pixels along one axis to `out` pixels
     int64_t in;
     double scale, stretched, support;
     Filter(int64_t in, int64_t out, bool cubic)
@@ -469,8 +469,8 @@ void prepare(Axis& axis, int64_t in, int64_t out, int64_t begin, int64_t end, bo
         }
         axis.first[o - begin] = low;
     }
-    // Pillow allows for more weights than there are: what is 0 for every pixel need not be added. And where there are
-    // fewer, at the far edge, the window moves back into the image.
+    // Pillow reserves more taps than are used: those that are 0 for every pixel are dropped. At the far edge, where
+    // there are fewer input pixels, the taps move back into the image.
     const int64_t kept = used + used % 2;
     for (int64_t o = 0; o < end - begin; ++o) {
         int32_t *from = &axis.weights[o * axis.taps], *to = &axis.weights[o * kept];
@@ -511,10 +511,10 @@ void resize_across(const Axis& axis, int64_t rows, const uint8_t* in, int64_t st
     for (; y < rows; ++y) resize_rows<1>(axis, in + y * stride, stride, out + y * step, step);
 }
 
-constexpr int block = 32;  // bytes that resize_down makes at once
+constexpr int block = 32;  // bytes that resize_down computes at once
 inline int64_t whole(int64_t bytes) { return (bytes + block - 1) / block * block; }
 
-// Reads and writes whole blocks. `rows` is the number of rows that may be read.
+// Reads and writes whole blocks. `rows` is the number of input rows that may be read.
 void resize_down(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stride, uint8_t* out, int64_t step,
                  int64_t bytes) {
     constexpr int vectors = block / 8;
@@ -533,13 +533,14 @@ void resize_down(const Axis& axis, int64_t rows, const uint8_t* in, int64_t stri
     }
 }
 
-// What of the resized image is shown.
+// Returns the box of the resized image that is part of the output.
 Box shown(const Job& job) {
     return {std::max<int64_t>(job.left, 0), std::max<int64_t>(job.top, 0),
             std::min(job.left + job.out_w, job.resized_w), std::min(job.top + job.out_h, job.resized_h)};
 }
 
-// Resizes job.crop of `in`. Across first; where `tall_first`, what shrinks, and more so in height, downwards first.
+// Resizes job.crop of `in`, horizontally first; with `tall_first`, vertically first if the height shrinks by more than
+// twice as many pixels as the width.
 Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result) {
     const auto [x0, y0, x1, y1] = shown(job);
     const Image out = result.image({0, 0, job.out_w, job.out_h}, job.out_w, job.out_h);
@@ -550,7 +551,7 @@ Image resize(const Image& in, const Job& job, Scratch& between, Scratch& result)
     const int64_t W = job.crop.x1 - job.crop.x0, H = job.crop.y1 - job.crop.y0, columns = x1 - x0, lines = y1 - y0;
     prepare(across, W, job.resized_w, x0, x1, job.cubic);
     prepare(down, H, job.resized_h, y0, y1, job.cubic);
-    // What is read of the crop; `first` never falls. An odd count of taps was made even with a weight of 0.
+    // The part of the crop that is read; `first` never decreases. An even number of taps may include one of weight 0.
     const int64_t left = across.first.front(), right = std::min(across.first.back() + across.taps, W);
     const int64_t top = down.first.front(), bottom = std::min(down.first.back() + down.taps, H);
     const uint8_t* from = in.at(job.crop.x0 + left, job.crop.y0 + top);
@@ -602,8 +603,7 @@ void planes(const Image& image, uint8_t* out) {
     }
 }
 
-// The box of the canvas that each operation is given, and at the end what is left to do: boxes[i] goes into
-// operation i.
+// Computes the boxes of the canvas: boxes[i] is the input of operation i, and the last one is the output of all.
 void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
     const int64_t W = job.ops_first ? job.width : job.out_w, H = job.ops_first ? job.height : job.out_h;
     boxes.assign(job.num_ops + 1, job.ops_first ? job.crop : Box{0, 0, W, H});
@@ -612,10 +612,10 @@ void find_boxes(const Job& job, const Op* ops, std::vector<Box>& boxes) {
 
 }  // namespace
 
-// The box of the image that is looked at, as x0, y0, x1, y1. What a weight of 0 stands before need not be there.
+// Writes the box of the image that `render` reads, as x0, y0, x1, y1. Pixels with a weight of 0 need not be in it.
 extern "C" void box_needed(const Job* given, const Op* ops, int64_t* box) {
     const Job& job = *given;
-    Box from = {0, 0, 1, 1};  // of an output that lies beside the image
+    Box from = {0, 0, 1, 1};  // for an output outside the image
     if (job.ops_first) {
         std::vector<Box> boxes;
         find_boxes(job, ops, boxes);
@@ -634,8 +634,8 @@ extern "C" void box_needed(const Job* given, const Op* ops, int64_t* box) {
     box[0] = from.x0, box[1] = from.y0, box[2] = from.x1, box[3] = from.y1;
 }
 
-// Writes uint8 [3, out_h, out_w] to `out`. `pixels`, RGBX [height, width], of which the box that is
-// needed has to be there, is overwritten; 64 bytes after it may be read.
+// Writes uint8 [3, out_h, out_w] to `out`. Overwrites `pixels`, RGBX [height, width], of which only the box that is
+// needed has to be decoded, and may read 64 bytes after it.
 extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t* out) {
     static thread_local Scratch between, result, scratch[2];
     static thread_local std::vector<Box> boxes;
@@ -650,7 +650,7 @@ extern "C" void render(uint8_t* pixels, const Job* given, const Op* ops, uint8_t
         const Op& op = ops[i];
         const Box box = boxes[i + 1];
         if (op.kind == AFFINE || op.kind == SHARPNESS) {
-            which = 1 - which;  // what it reads may lie in the other
+            which = 1 - which;  // its input may be in the other one
             Image made = scratch[which].image(box, image.width, image.height);
             if (op.kind == AFFINE) warp(op, image, made, box, job.fill);
             else sharpen(image, made, box, float(op.args[0]));

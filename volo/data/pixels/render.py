@@ -1,7 +1,7 @@
-"""Applies a plan to pixels natively: packs it for render.cpp, which is compiled on first use.
+"""Applies a plan to pixels natively, with render.cpp, which is compiled on first use.
 
-The bytes are Pillow's (tests/data/pixels/test_render.py), in a fraction of the time. H, W are the height and width of
-the image, h, w those of the output.
+The output has the same bytes as Pillow's (tests/data/pixels/test_render.py) in a fraction of the time. H, W are the
+height and width of the image, h, w those of the output.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def unavailable_reason() -> str | None:
-    """Return None if this can run, else why it cannot. The first call in a process may build it."""
+    """Return None if this can run, else why it cannot. The first call in a process may build the library."""
     return _library.unavailable_reason()
 
 
@@ -56,7 +56,7 @@ def box_needed(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -
     """Return the box of the image that :func:`render` will read.
 
     Args:
-        plan: What will be done.
+        plan: The plan.
         image_hw: (H, W).
         out_hw: (h, w).
     """
@@ -67,12 +67,12 @@ def box_needed(plan: Plan, image_hw: tuple[int, int], out_hw: tuple[int, int]) -
 
 
 def render(pixels: np.ndarray, plan: Plan, out_hw: tuple[int, int], fill: tuple[int, int, int]) -> np.ndarray:
-    """Return what ``plan`` makes of an image.
+    """Return an image with ``plan`` applied.
 
     Args:
-        pixels: uint8 [H, W, 4] in memory of :func:`volo.data.pixels.decode.reused`; it is overwritten. Only the box
+        pixels: uint8 [H, W, 4] in memory of :func:`volo.data.pixels.decode.reused`, which is overwritten. Only the box
             that is needed has to be decoded. The fourth channel is ignored.
-        plan: What to do, apart from erasing.
+        plan: The plan; erasing is left out.
         out_hw: (h, w).
         fill: Colour of areas that a geometric operation uncovers.
 
@@ -110,7 +110,7 @@ def _pack_op(op: Op, height: int, width: int) -> bytes:
 
 
 def _affine(op: Op, height: int, width: int) -> tuple[float, float, float, float, float, float]:
-    """Return the affine matrix that timm passes to Pillow, or that Pillow computes from an angle, for this canvas."""
+    """Return the affine matrix that timm passes to Pillow, or that Pillow computes from an angle."""
     value = op.args[0]
     if op.name == "ShearX":
         return 1.0, value, 0.0, 0.0, 1.0, 0.0
@@ -129,7 +129,7 @@ def _affine(op: Op, height: int, width: int) -> tuple[float, float, float, float
 
 @functools.cache
 def _tall_first() -> bool:
-    """Tell whether this Pillow resizes first in height if height shrinks most, as it does from version 13 on."""
+    """Return whether Pillow resizes tall images vertically first, as it does from version 13 on."""
     image = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(8, 3) ** 2)
     return image.resize((4, 4), _BICUBIC) == image.resize((3, 4), _BICUBIC).resize((4, 4), _BICUBIC)
 

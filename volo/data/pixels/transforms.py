@@ -1,7 +1,6 @@
-"""From a decoded image to the uint8 array [3, H, W] the network's input is made of.
+"""Draws the plan of an image and applies it, which gives the network's input as uint8 [3, H, W].
 
-For training a plan is drawn first and applied afterwards. The plan is the whole truth about what happens to one
-sample, so that anything that belongs to its pixels can be led the same way. H, W are the height and width of the
+A plan is complete: a label map can be transformed by it just as the pixels are. H, W are the height and width of the
 network's input. Normalisation and the noise of random erasing follow on the device.
 """
 
@@ -25,7 +24,7 @@ _RESAMPLES = {
 
 
 class _Transform:
-    """Applies plans for one output size with one backend."""
+    """Applies plans, with one output size and one backend."""
 
     def __init__(self, image_hw: tuple[int, int], backend: str, fill: tuple[int, int, int]):
         self.image_hw = image_hw
@@ -33,16 +32,16 @@ class _Transform:
         self.backend = Backend(backend)
 
     def box_needed(self, plan: Plan, image_hw: tuple[int, int]) -> Box | None:
-        """Return the part of an image of ``image_hw`` that :meth:`apply` will read; None for all of it."""
+        """Return the box of an image of size ``image_hw`` that :meth:`apply` will read; None for all of it."""
         return self.backend.box_needed(plan, image_hw, self.image_hw)
 
     def apply(self, pixels: np.ndarray, plan: Plan) -> np.ndarray:
-        """Return what ``plan`` makes of an image, uint8 [3, H, W]; erasing is left to the device.
+        """Return the image with ``plan`` applied, uint8 [3, H, W]; erasing is left to the device.
 
         Args:
             pixels: The image as its ``decode`` or :func:`volo.data.pixels.decode.from_image` returned it. It may be
                 overwritten.
-            plan: What happens to it.
+            plan: The plan.
         """
         return self.backend.render(pixels, plan, self.image_hw, self.fill)
 
@@ -51,15 +50,15 @@ class TrainTransform(_Transform):
     """Draws and applies the augmentation of training images.
 
     Args:
-        config: What is drawn, with which probabilities.
+        config: Operations and their probabilities.
         image_hw: Size of the network's input.
 
     Raises:
-        ValueError: ``augment.rand_augment`` is not understood, or there is no such backend here.
+        ValueError: ``augment.rand_augment`` is not valid, or the backend is not available.
     """
 
     def __init__(self, config: AugmentConfig, image_hw: tuple[int, int]):
-        # Areas that geometric operations uncover get the mean colour, rounded as timm does it: (124, 116, 104).
+        # Areas that geometric operations uncover get the mean colour, rounded as in timm: (124, 116, 104).
         red, green, blue = (min(255, round(255 * value)) for value in config.mean)
         super().__init__(image_hw, config.backend, (red, green, blue))
         self.config = config
@@ -67,7 +66,7 @@ class TrainTransform(_Transform):
         self.resamples = _RESAMPLES[config.interpolation]
 
     def draw(self, rng: np.random.Generator, width: int, height: int) -> Plan:
-        """Draw what happens to an image of ``width`` x ``height`` pixels."""
+        """Draw the plan of an image of ``width`` x ``height`` pixels."""
         config = self.config
         if config.crop == "shift":
             crop = draw_shift(rng, config.shift_pixels)
@@ -84,17 +83,17 @@ class TrainTransform(_Transform):
 
 
 class EvalTransform(_Transform):
-    """Resize and centre crop of evaluation, pixel for pixel as timm evaluates.
+    """Resize and centre crop for evaluation, with the same pixels as timm.
 
-    The image is resized, its aspect ratio kept, until it just covers floor(input size / crop_pct); of that the
-    centre is taken. With ``crop_pct`` above 1 the resized image is smaller than the input and black is padded
-    around it. A non-square input follows timm too: both sides are covered, the tighter one exactly.
+    The image is resized, with its aspect ratio, to just cover floor(input size / crop_pct), and its centre is cropped.
+    With ``crop_pct`` above 1 the resized image is smaller than the input and padded with black. A non-square input is
+    covered in both sides, and exactly in the tighter one, also as in timm.
 
     Args:
         image_hw: Size of the network's input.
-        crop_pct: Input size over resized size.
+        crop_pct: Input size / resized size.
         interpolation: Resampling of the resize, "bicubic" or "bilinear".
-        backend: Who computes, see :class:`Backend`; the result is the same.
+        backend: See :class:`Backend`; the result is the same with either.
     """
 
     def __init__(self, image_hw: tuple[int, int], crop_pct: float, interpolation: str, backend: str = "auto"):
@@ -103,19 +102,19 @@ class EvalTransform(_Transform):
         self.resample = _RESAMPLES[interpolation][0]
 
     def plan(self, width: int, height: int) -> Plan:
-        """Return what happens to an image of ``width`` x ``height`` pixels."""
+        """Return the plan of an image of ``width`` x ``height`` pixels."""
         return Plan("timm", CentreCrop(self._resized_hw(height, width), self.resample))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Return what the network sees of an RGB image, uint8 [3, H, W]."""
+        """Return the network's input for an RGB image, uint8 [3, H, W]."""
         return self.apply(from_image(image), self.plan(image.width, image.height))
 
     def _resized_hw(self, height: int, width: int) -> tuple[int, int]:
         cover_height, cover_width = self.cover_hw
         if cover_height == cover_width:
-            # The longer side is truncated, as torchvision does it for a square input ...
+            # The longer side is truncated, as torchvision does for a square input ...
             longer = int(cover_height * max(height, width) / min(height, width))
             return (longer, cover_width) if height > width else (cover_height, longer)
-        # ... and rounded, as timm does it for any other.
+        # ... and rounded, as timm does for any other.
         scale = min(height / cover_height, width / cover_width)
         return round(height / scale), round(width / scale)

@@ -142,7 +142,7 @@ def _members(file, begin: int, size: int | None, location: str) -> Iterator[tupl
         ) from error
     end = None if size is None else begin + size
     while (member := archive.next()) is not None:
-        archive.members.clear()  # tarfile would keep a million of them
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a million of them
         if end is not None and member.offset >= end:
             return
         if not member.isdir():
@@ -186,8 +186,8 @@ def _sorted_index(parts: list[tuple[int, _Part]], fingerprints: list[str]) -> Ar
     size = np.concatenate([np.frombuffer(part.size, dtype=np.int64) for _, part in parts])
     texts, unmatched = [], 0
     for _, part in parts:
-        beside, without_image = _texts_beside(part)
-        texts += beside
+        texts_of_part, without_image = _class_texts(part)
+        texts += texts_of_part
         unmatched += without_image
     keep = [i for i, text in enumerate(texts) if text is not _ANOTHER]
     order = np.array(sorted(keep, key=lambda i: (names[i], archive[i], offset[i])), dtype=np.int64)
@@ -217,7 +217,7 @@ def _sorted_index(parts: list[tuple[int, _Part]], fingerprints: list[str]) -> Ar
 _ANOTHER = object()
 
 
-def _texts_beside(part: _Part) -> tuple[list[object], int]:
+def _class_texts(part: _Part) -> tuple[list[object], int]:
     """Return the .cls text of each image, and how many texts have no image.
 
     The text is None if there is none, and _ANOTHER for an image that is not a sample's own: in a shard with .cls files

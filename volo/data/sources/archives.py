@@ -169,7 +169,7 @@ class ArchiveSplit(Split):
     def _require_all(self, has: np.ndarray, names: PackedNames, problem: str) -> None:
         missing = np.flatnonzero(~has)
         if len(missing):
-            shown = some([names[i] for i in missing])
+            shown = some([names[i] for i in missing.tolist()])
             raise ValueError(f"{len(missing):,} of {len(names):,} images of {self.location} {problem}: {shown}")
 
 

@@ -8,6 +8,7 @@ of which would be read for one.
 import glob
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class ParquetSplit(Split):
     def __init__(self, folder: str, split: str, option: str, labels: LabelsOption):
         super().__init__(f"{folder} (split {split})", labels)
         self.folder, self.split, self.option = folder, split, option
-        self._reader = None
+        self._reader: Any = None
 
     def reader(self):
         """Return timm's reader of the split."""
@@ -131,11 +132,11 @@ class ParquetSplit(Split):
         return class_indices(texts, classes, self.location)[which]
 
 
-def _open(folder: str, split: str):
+def _open(folder: str, split: str) -> Any:
     """Return timm's reader of a split; ValueError if it cannot be opened, or a package is missing."""
     try:
         import datasets.exceptions
-        from timm.data.readers import create_reader
+        from timm.data.readers.reader_factory import create_reader
     except ImportError as error:
         raise ValueError(f"Parquet files need a package that is missing ({error}): pip install datasets") from error
     try:
@@ -152,7 +153,7 @@ def _column(reader, name: str) -> list:
     if field:
         import pyarrow.compute
 
-        values = pyarrow.compute.struct_field(values, field)
+        values = pyarrow.compute.struct_field(values, field)  # type: ignore[attr-defined]
     return values.to_pylist()
 
 
