@@ -143,8 +143,8 @@ def test_evaluation_is_pillows(interpolation, crop_pct, image_hw):
 @given(
     size=st.tuples(st.integers(1, 130), st.integers(1, 97)), resized=st.tuples(st.integers(1, 90), st.integers(1, 90))
 )
-@settings(max_examples=200, deadline=None)
-def test_resize_is_pillows_whichever_pass_comes_first(size, resized):
+@settings(max_examples=80, deadline=None)
+def test_resize_is_pillows_with_either_pass_first(size, resized):
     for image, resample in zip(SMALL, (BILINEAR, BICUBIC), strict=True):
         image = image.crop((0, 0, *size))
         whole = Plan("timm", ResizedCrop(0, 0, image.height, image.width, resample))
