@@ -16,7 +16,7 @@ def edit_header(path: Path, **changes) -> None:
     (path / "header.json").write_text(json.dumps({k: v for k, v in (header | changes).items() if v != "gone"}))
 
 
-def test_a_store_says_how_its_images_were_turned(packed):
+def test_the_orientation_of_a_store_must_match_the_training(packed):
     path = write_store(packed.parent / "turned", LABELS, exif="apply")
     for made, other in ((path, "ignore"), (packed, "apply")):
         check_orientation(TokenLabelStore(made), TokenLabelStore(made).header.exif)
@@ -26,7 +26,7 @@ def test_a_store_says_how_its_images_were_turned(packed):
     assert TokenLabelStore(path).header.exif == "ignore"
 
 
-def test_the_published_layout_counts_as_made_without_orientation(tmp_path):
+def test_the_published_layout_counts_as_exif_ignore(tmp_path):
     labels = open_labels(published(tmp_path, {"a/x": GOOD}))
     check_orientation(labels, "ignore")
     with pytest.raises(ValueError, match="--data.exif ignore.*pack_token_labels.py --exif apply"):
@@ -40,7 +40,7 @@ def test_folders_without_labels(tmp_path):
         open_labels(tmp_path / "none")
 
 
-def test_content_decides_what_is_opened(packed):
+def test_the_layout_is_detected_by_content(packed):
     assert isinstance(open_labels(str(packed)), TokenLabelStore)
     published(packed, {"a/x": GOOD})  # a stray file does not make a store a folder of labels
     assert isinstance(open_labels(packed), TokenLabelStore)
@@ -52,7 +52,7 @@ def test_content_decides_what_is_opened(packed):
 NAMES = tuple("abcdefghij")
 
 
-def test_labels_cover_the_images(tmp_path):
+def test_each_image_is_matched_with_its_entry(tmp_path):
     opened = TokenLabelStore(write_store(tmp_path / "labels", LABELS, classes=NAMES))
     keys = ["cat/c2", "cat/c0"]
     for classes in (NAMES, list(NAMES), None):
@@ -76,12 +76,12 @@ def test_other_classes_are_refused(tmp_path):
         match_images(opened, [*LABELS], 10, (*NAMES[:8], "j", "i"))
 
 
-def test_images_of_one_name_cannot_share_a_label(packed):
+def test_images_with_the_same_key_are_refused(packed):
     with pytest.raises(ValueError, match="1 names belong to several images.*: cat/c1. Rename"):
         match_images(TokenLabelStore(packed), ["cat/c1", "cat/c2", "cat/c1"], 10, None)
 
 
-def test_published_labels_are_held_to_the_classes_of_the_data_set(tmp_path):
+def test_published_labels_are_checked_against_the_classes_of_the_data_set(tmp_path):
     opened = open_labels(published(tmp_path, {"a/x": with_class(9)}))
     opened.read(0)
     assert match_images(opened, ["a/x"], 9, None).tolist() == [0]

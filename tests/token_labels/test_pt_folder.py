@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from label_maps import GOOD, LABELS, assert_same, published, save
 
 from volo.token_labels.opening import open_labels
@@ -61,19 +63,15 @@ def plane(value: float, dtype=torch.float16) -> torch.Tensor:
     ("content", "message"),
     [
         ({"scores": torch.ones(2, 5, 3, 4)}, "it holds a dict"),
-        ([torch.ones(5, 3, 4)] * 2, "it holds a list"),
         (torch.ones(5, 3, 4).half(), r"its shape is \[5, 3, 4\]"),
-        (torch.ones(3, 5, 3, 4).half(), r"its shape is \[3, 5, 3, 4\]"),
         (torch.ones(2, 5, 0, 4).half(), r"its shape is \[2, 5, 0, 4\]"),
         (torch.ones(2, 2, 3, 4).long(), "its values are torch.int64"),
         (torch.ones(2, 2, 3, 4).to_sparse(), "its values are torch.float32, torch.sparse_coo"),
         (plane(0.5), "does not hold class indices"),
         (plane(float("nan")), "does not hold class indices"),
         (plane(32768, torch.float32), "class index 32768 is above 32,767"),
-        (plane(float("inf")), "class index inf is above"),
         (plane(2050), "2050 in float16.* 2,048"),
         (plane(-1), r"class index -1, allowed is 0 \.\.\. 999"),
-        (plane(-float("inf")), "class index -1"),
         (plane(1000), r"class index 1000, allowed is 0 \.\.\. 999"),
         (plane(0).flip(0) * torch.nan, "NaN|does not hold class"),
         (torch.ones(2, 2, 3, 4) * torch.tensor([1e5, 1.0]).view(2, 1, 1, 1), "NaN or beyond float16"),
@@ -81,7 +79,7 @@ def plane(value: float, dtype=torch.float16) -> torch.Tensor:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
-def test_published_files_that_hold_something_else(tmp_path, content, message):
+def test_files_with_other_content_are_refused(tmp_path, content, message):
     published(tmp_path, {"a/good": GOOD})
     path = save(tmp_path / "z/bad.pt", content)
     opened = PublishedLabels(tmp_path, num_classes=1000)
@@ -93,7 +91,7 @@ def test_published_files_that_hold_something_else(tmp_path, content, message):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["empty", "text", "cut", "pickle", "dangling"])
-def test_published_files_that_cannot_be_loaded(tmp_path, how):
+def test_files_that_cannot_be_loaded_are_named(tmp_path, how):
     class Exploit:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
@@ -113,8 +111,8 @@ def test_published_files_that_cannot_be_loaded(tmp_path, how):
 
 
 @pytest.mark.parametrize("name", ["a/0", "a/3", "z/9"])
-def test_one_damaged_file_does_not_speak_for_the_others(tmp_path, name):
-    """A file with another number of classes, or none at all, wherever it stands."""
+def test_one_damaged_file_does_not_affect_the_others(tmp_path, name):
+    """A file of another top_k, or that is not a label map, first, in the middle or last."""
     published(tmp_path, {f"a/{i}": GOOD for i in range(8)})
     for content in (torch.ones(2, 3, 3, 4).half(), torch.ones(7)):
         path = save(tmp_path / f"{name}.pt", content)
@@ -128,9 +126,9 @@ def test_one_damaged_file_does_not_speak_for_the_others(tmp_path, name):
                 opened.read(entry)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 1281167])
-def test_a_sample_is_spread_evenly(count):
-    drawn = sample(count, 5)
-    assert drawn[0] == 0 and drawn[-1] == count - 1
-    assert len(drawn) == min(count, 5) == len(set(drawn))
+@given(count=st.integers(1, 2_000_000), most=st.integers(1, 1000))
+def test_a_sample_is_spread_evenly(count, most):
+    drawn = sample(count, most)
+    assert drawn[0] == 0 and (most == 1 or drawn[-1] == count - 1)
+    assert len(drawn) == min(count, most) == len(set(drawn))
     assert max(np.diff(drawn), default=1) - min(np.diff(drawn), default=1) <= 1

