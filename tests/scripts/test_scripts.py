@@ -1,7 +1,7 @@
 """The shell scripts and make_digits.py, run as a user runs them.
 
-Where a script starts Python, most tests put a small recording program in Python's place, so that they see the very
-words and environment it gets; one test goes through the real torchrun.
+Most tests put a small recording program in the place of Python, which notes its arguments and environment; one test
+goes through the real torchrun.
 """
 
 import importlib.util
@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
+from programs import ROOT
 from sklearn.datasets import load_digits
 
-ROOT = Path(__file__).parents[2]
 SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / "distributed_train.sh", ROOT / ".ci/run"]
 PLACE = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 RENDEZVOUS = ("RDZV_ENDPOINT", "RDZV_ID", "RDZV_BACKEND")
@@ -31,7 +32,7 @@ def run(*words, env=None, **options) -> subprocess.CompletedProcess:
 
 
 def clean_env(**changes: str) -> dict[str, str]:
-    """The environment without what steers the scripts (the tests themselves may run under them)."""
+    """The environment without the variables that the scripts read (the tests themselves may run under them)."""
     dropped = (*PLACE, *RENDEZVOUS, "PYTHON", "VOLO_EXIT_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
     return kept | {k: str(v) for k, v in changes.items()}
@@ -67,9 +68,8 @@ def make_digits():
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("data") / "new" / "digits"
-    done = run(sys.executable, ROOT / "scripts/make_digits.py", "--output", output)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1,797" in done.stdout
+    ended = programs.run(ROOT / "scripts/make_digits.py", "--output", output, cwd=output.parents[1])
+    assert "1,797" in ended.assert_done().out
     return output
 
 
@@ -77,7 +77,7 @@ def images_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("*/*/*.png")}
 
 
-def test_digits_are_all_there_each_once_in_its_class(digits):
+def test_every_digit_is_written_once_in_its_class(digits):
     target = load_digits().target
     labels = {}
     for path in digits.glob("*/*/*.png"):
@@ -85,7 +85,7 @@ def test_digits_are_all_there_each_once_in_its_class(digits):
         labels[path.stem] = int(path.parent.name)
     assert labels == {f"{i:04d}": int(label) for i, label in enumerate(target)}
     assert len(labels) == 1797
-    assert [p.name for p in digits.parent.iterdir()] == ["digits"]  # nothing of the making is left
+    assert [p.name for p in digits.parent.iterdir()] == ["digits"]
 
 
 def test_a_fifth_of_every_digit_is_held_out(digits):
@@ -110,29 +110,27 @@ def test_digits_are_the_same_every_time(digits, make_digits, tmp_path):
     assert images_of(tmp_path / "again") == images_of(digits)
 
 
-def test_whole_digits_are_left_alone(digits):
+def test_complete_digits_are_left_alone(digits, make_digits, capsys):
     before = {p: p.stat().st_mtime_ns for p in digits.rglob("*")}
-    done = run(sys.executable, ROOT / "scripts/make_digits.py", "--output", digits)
-    assert done.returncode == 0
-    assert "exist already" in done.stdout
+    assert make_digits.run(make_digits.DigitsOptions(str(digits))) == 0
+    assert "exist already" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in digits.rglob("*")} == before
 
 
-def test_anything_else_in_the_place_of_the_digits_is_an_error_and_stays(digits, make_digits, tmp_path):
+def test_other_files_in_place_of_the_digits_are_an_error_and_stay(digits, make_digits, tmp_path):
     output = tmp_path / "digits"
     shutil.copytree(digits, output)
     next(output.glob("val/0/*.png")).unlink()
-    with pytest.raises(ValueError, match="found 1,796.*--output"):
+    with pytest.raises(ValueError, match="found 1,796"):
         make_digits.make_digits(output)
     assert make_digits.count_images(output) == 1796
     (tmp_path / "file").write_text("mine")
-    done = run(sys.executable, ROOT / "scripts/make_digits.py", "--output", tmp_path / "file")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+    with pytest.raises(ValueError, match=str(tmp_path / "file")):
+        make_digits.make_digits(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_disk_that_fills_up_leaves_no_half_made_digits(make_digits, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_digits(make_digits, tmp_path, monkeypatch):
     real_save = Image.Image.save
 
     def save(self, path, *args):
@@ -146,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_no_half_made_digits(make_digits, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_makers_at_once_give_one_whole_folder(digits, make_digits, tmp_path, monkeypatch):
+def test_two_processes_at_once_write_one_complete_folder(digits, make_digits, tmp_path, monkeypatch):
     write = make_digits.write_images
 
     def write_and_be_overtaken(folder):
@@ -168,7 +166,7 @@ Path(os.environ["RECORD"]).write_text(json.dumps({"argv": sys.argv, "env": dict(
 
 @contextmanager
 def started(*words, env: dict[str, str]):
-    """A running process; asked to stop where the test fails, so that it goes on waiting for nothing."""
+    """A running process, which is terminated if the test fails."""
     with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -216,7 +214,7 @@ def test_launcher_forwards_every_argument_as_it_is(launcher):
     assert argv == [*expected, *words]
 
 
-def test_launcher_runs_where_it_is_called(launcher, tmp_path):
+def test_launcher_runs_in_the_current_folder(launcher, tmp_path):
     """Relative paths on the command line are the user's."""
     program(launcher.python, 'Path(os.environ["RECORD"]).write_text(os.getcwd())')
     elsewhere = tmp_path / "elsewhere"
@@ -248,7 +246,7 @@ def test_launcher_runs_where_it_is_called(launcher, tmp_path):
         ),
     ],
 )
-def test_launcher_passes_the_place_on(launcher, env, place):
+def test_launcher_passes_the_rendezvous_on(launcher, env, place):
     assert launcher(2, "--config", "x.yaml", **env).returncode == 0
     argv = launcher.seen()["argv"]
     start = argv.index("--nproc_per_node") + 2
@@ -281,7 +279,7 @@ def test_launcher_refuses_wrong_usage_before_any_work(launcher, words, env, told
     assert not launcher.record.exists()
 
 
-def test_launcher_says_that_the_port_is_in_use(launcher):
+def test_launcher_reports_a_port_in_use(launcher):
     launcher.python = Path(sys.executable)
     with socket.socket() as other:
         other.bind(("", 0))
@@ -340,7 +338,7 @@ def test_launcher_chooses_the_interpreter(launcher, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_launcher_forwards_a_signal_and_waits(launcher, signum):
-    """As torchrun does, the program in its place goes on for a while after the signal, and ends with 1."""
+    """Like torchrun, the program in its place ends some time after the signal, with exit code 1."""
     expected = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
     body = f"""
     signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{expected.name}}})
@@ -449,33 +447,28 @@ def test_set_up_makes_and_installs_once(set_up):
     assert set_up.done() == ["venv python3", "install something>=1"]
 
 
-def test_set_up_installs_again_when_the_requirements_changed(set_up):
+@pytest.mark.parametrize("file", ["requirements.txt", "pyproject.toml"])
+def test_set_up_installs_again_when_the_dependencies_changed(set_up, file):
     set_up()
-    (set_up.root / "requirements.txt").write_text("something>=2\n")
+    with open(set_up.root / file, "a") as changed:
+        changed.write("# changed\n")
     assert set_up().returncode == 0
-    assert set_up.done() == ["venv python3", "install something>=1", "install something>=2"]
+    assert [line for line in set_up.done() if line != "# changed"] == ["venv python3", *["install something>=1"] * 2]
 
 
-def test_set_up_installs_again_when_the_dependencies_changed(set_up):
-    set_up()
-    (set_up.root / "pyproject.toml").write_text("# other dependencies\n")
-    assert set_up().returncode == 0
-    assert set_up.done() == ["venv python3", "install something>=1", "install something>=1"]
-
-
-def test_set_up_goes_on_after_an_installation_that_failed(set_up):
+def test_set_up_repeats_an_installation_that_failed(set_up):
     assert set_up(PIP_CODE="3").returncode == 3
     assert set_up().returncode == 0
     assert set_up.done() == ["venv python3", "install something>=1", "install something>=1"]
 
 
-def test_set_up_takes_the_first_python_that_works(set_up):
+def test_set_up_uses_the_first_python_that_works(set_up):
     """A name on PATH may be a shim with nothing behind it, or another version."""
     assert set_up(working="python3.12 python3.11 python").returncode == 0
     assert set_up.done()[0] == "venv python3.12"
 
 
-def test_set_up_takes_the_python_it_is_given(set_up):
+def test_set_up_uses_the_python_in_PYTHON(set_up):
     assert set_up(working="python3 python3.11 python", PYTHON="python3.11").returncode == 0
     assert set_up.done()[0] == "venv python3.11"
 
@@ -488,7 +481,7 @@ def test_set_up_takes_the_python_it_is_given(set_up):
         ("python3", {"PYTHON": "/no/such/python"}, "PYTHON is '/no/such/python'"),
     ],
 )
-def test_set_up_without_a_fitting_python_says_so(set_up, working, env, told):
+def test_set_up_without_a_supported_python_is_an_error(set_up, working, env, told):
     done = set_up(working=working, **env)
     assert done.returncode == 1
     assert done.stderr.startswith(f"setup.sh: error: {told}")
@@ -558,7 +551,7 @@ def quickstart(tmp_path) -> Quickstart:
     return Quickstart(tmp_path)
 
 
-def test_quickstart_goes_from_teacher_to_student_and_tells_what_comes_next(quickstart):
+def test_quickstart_trains_teacher_and_student(quickstart):
     done = quickstart("--schedule.epochs", "3")
     assert (done.returncode, done.stderr) == (0, "")
     digits, teacher, generate, student, validate = quickstart.done()
@@ -600,6 +593,6 @@ def test_quickstart_fails_below_98_percent(quickstart):
 
 
 @pytest.mark.parametrize("code", [1, 75])
-def test_quickstart_stops_where_training_stops(quickstart, code):
+def test_quickstart_ends_with_the_exit_code_of_training(quickstart, code):
     assert quickstart(TRAIN_CODE=str(code)).returncode == code
     assert len(quickstart.done()) == 2  # nothing was evaluated
