@@ -92,8 +92,9 @@ class OutlookAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = self.mix(self.v(x), self.attn(self.centres(x)))  # [B, H, W, C]
-        return self.proj_drop(self.proj(x))
+        logits = self.attn(self.centres(x))  # [B, h, w, heads*K^4]
+        x = self.mix(self.v(x), logits)  # [B, H, W, C]
+        return self.proj_drop(self.proj(x))  # [B, H, W, C]
 
     def centres(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         """Return the mean of the cells around each window's centre, the input of its weights: [B, h, w, C]."""
@@ -132,14 +133,15 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        return self.attend(self.qkv(x))
+        return self.attend(self.qkv(x))  # [B, H, W, C]
 
     def attend(self, qkv: Tensor) -> Tensor:  # [B, H, W, 3*C]
         B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
-        q, k, v = qkv.view(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(B, H * W, 3, self.num_heads, C // self.num_heads)  # [B, N, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        x = x.transpose(1, 2).reshape(B, H, W, C)  # from [B, heads, N, d]
-        return self.proj_drop(self.proj(x))
+        x = x.transpose(1, 2).reshape(B, H, W, C)  # [B, H, W, C]
+        return self.proj_drop(self.proj(x))  # [B, H, W, C]
 
 
 class ClassAttention(nn.Module):
@@ -160,8 +162,8 @@ class ClassAttention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)  # [B, heads, 1 + N, d] each
         q = self.q(x[:, :1]).view(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)  # [B, heads, 1, d]
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        x = x.transpose(1, 2).reshape(B, 1, C)
-        return self.proj_drop(self.proj(x))
+        x = x.transpose(1, 2).reshape(B, 1, C)  # [B, 1, C]
+        return self.proj_drop(self.proj(x))  # [B, 1, C]
 
 
 class Mlp(nn.Module):

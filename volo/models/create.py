@@ -17,7 +17,7 @@ def create_model(
     checkpoint: str | Path | None = None,
     **architecture,
 ) -> VOLO:
-    """A VOLO, initialised, or with the weights of a checkpoint.
+    """Return a VOLO with fresh weights, or with those of a checkpoint (arXiv 2106.13112, table 2).
 
     Args:
         name: One of ``list_models()``.
@@ -25,8 +25,8 @@ def create_model(
         num_classes: Number of classes.
         in_chans: Channels of an image.
         drop_path_rate: Stochastic depth of the last block, in [0, 1).
-        checkpoint: File to load, as ``load_checkpoint`` does.
-        architecture: Any field of ``Architecture``, in place of the named architecture's.
+        checkpoint: File to load with ``load_checkpoint``.
+        architecture: Any field of ``Architecture``, which overrides the named architecture's.
 
     Raises:
         ValueError: Unknown name or field (with the nearest valid one), impossible sizes, or a checkpoint that

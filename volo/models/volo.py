@@ -116,34 +116,51 @@ class VOLO(nn.Module):
             raise ValueError("mix_box is for training: MixToken would change what an evaluated image shows")
         x = self._encode(images, mix_box)  # [B, 1 + N, D], or [B, N, D] without class token
         if self.cls_token is None:
-            pooled, tokens = x.mean(dim=1), x
+            pooled, tokens = x.mean(dim=1), x  # [B, D], [B, N, D]
         else:
-            pooled, tokens = x[:, 0], x[:, 1:]
+            pooled, tokens = x[:, 0], x[:, 1:]  # [B, D], [B, N, D]
         cls_logits = self.head(pooled)  # [B, K]
         if self.aux_head is None:
             return TokenLogits(cls_logits, None) if self.training else cls_logits
         if mix_box is not None:
             # aux_head sees one token at a time, so features are un-mixed instead of the (wider) logits.
-            tokens = _swap_inside(tokens.unflatten(1, self.grid_size), mix_box).flatten(1, 2)
+            tokens = _swap_inside(tokens.unflatten(1, self.grid_size), mix_box).flatten(1, 2)  # [B, N, D]
         token_logits = self.aux_head(tokens)  # [B, N, K]
         if self.training:
             return TokenLogits(cls_logits, token_logits)
-        return cls_logits + 0.5 * token_logits.amax(dim=1)
+        return cls_logits + 0.5 * token_logits.amax(dim=1)  # [B, K]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised class token and tokens (row-major), [B, 1 + N, D]; [B, N, D] without class token."""
+        """Return the normalised class token and tokens (row-major), [B, 1 + N, D]; [B, N, D] without class token.
+
+        Args:
+            images: As for :meth:`forward`.
+
+        Raises:
+            ValueError: The images have another shape than the model's.
+        """
         return self._encode(images, None)
 
     def forward_intermediates(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [B, C, H, W], fine to coarse: the last of every grid, before the class blocks and norm.
+        """Return feature maps [B, C, H, W], fine to coarse: the last of every grid, before the class blocks and norm.
 
         For D1 ... D5 these are the Outlookers' map at stride 8 and the Transformers' at stride 16.
+
+        Args:
+            images: As for :meth:`forward`.
+
+        Raises:
+            ValueError: The images have another shape than the model's.
         """
         self._check(images)
         return [x.permute(0, 3, 1, 2) for x in self._grid_maps(self.patch_embed(images))]
 
     def set_recompute(self, what: Recompute) -> None:
-        """Choose what is kept for the backward pass: "none" is computed again, "cheap" things, or whole "blocks"."""
+        """Choose the activation checkpointing: recompute "none", "cheap" activations, or whole "blocks".
+
+        Raises:
+            ValueError: The choice is unknown.
+        """
         apply_checkpointing(self, what)
 
     def set_kernel(self, kernel: Kernel, dtype: torch.dtype | None = None) -> str:
@@ -204,7 +221,7 @@ class VOLO(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + N, D]
             for block in self.post_network:
                 x = block(x)  # [B, 1 + N, D]
-        return self.norm(x)
+        return self.norm(x)  # [B, 1 + N, D]
 
     def _grid_maps(self, x: Tensor) -> list[Tensor]:
         """Run the stages on the patch embeddings; the last map [B, H, W, C] of each grid, final tokens last."""
@@ -212,10 +229,10 @@ class VOLO(nn.Module):
         after_first_stage = 1 + self.architecture.downsample_after[0]
         for index, module in enumerate(self.network):
             if index == after_first_stage:
-                x = self.pos_drop(x + self.pos_embed)
+                x = self.pos_drop(x + self.pos_embed)  # [B, H, W, C]
             if isinstance(module, Downsample):
                 maps.append(x)
-            x = module(x)
+            x = module(x)  # [B, H, W, C], or [B, H/2, W/2, C'] after a Downsample
         return [*maps, x]
 
     def _check(self, images: Tensor) -> None:
