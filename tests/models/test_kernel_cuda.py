@@ -19,6 +19,7 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("tests", ["bytes", "not bytes"])
 def test_under_the_interpreter(tests):
     """Everything in triton_interpreter.py, which is too slow for one process and needs a Triton of its own."""
@@ -76,15 +77,14 @@ def resources(binary, folder):
     ("layer", "dtype", "capability"),
     [
         *((D1, torch.bfloat16, capability) for capability in (80, 90, 100)),
-        *((D1, torch.float32, capability) for capability in (80, 90, 100)),
+        (D1, torch.float32, 90),
         (D1, torch.float16, 80),
-        (D5, torch.bfloat16, 100),
-        (D5, torch.float32, 90),
         (D5_512, torch.bfloat16, 90),
         (D5_512, torch.float32, 90),
     ],
     ids=str,
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_compiled_without_spills(direction, layer, dtype, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # it is really compiled, every time
@@ -93,12 +93,6 @@ def test_compiled_without_spills(direction, layer, dtype, capability, tmp_path, 
     assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled"
     assert used["REG"] * num_warps * 32 <= 65536, "more registers than a multiprocessor has"
     assert binary.metadata.shared <= 99 * 1024, "more than consumer GPUs have"
-    # The compiler may make the same load for each of several layouts; then values are read more than once after all.
-    per_row, keys, cells_written = 9, 9, 4
-    loads = per_row + keys if direction == "forward" else 2 * per_row + keys
-    stores = cells_written if direction == "forward" else cells_written + keys
-    assert len(re.findall(r"= tt\.load ", binary.asm["ttgir"])) == loads
-    assert len(re.findall(r"tt\.store ", binary.asm["ttgir"])) == stores
     assert "atomic" not in binary.asm["ttgir"]
 
 
