@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from programs import CLASSES, FAILED, LAUNCHER, STOPPED, TRAIN, USAGE, VALIDATE
 
-pytestmark = pytest.mark.xdist_group("bad input")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bad input")]
 
 
 @pytest.fixture(scope="module")

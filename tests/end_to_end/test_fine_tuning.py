@@ -12,7 +12,7 @@ import yaml
 from programs import ROOT, TRAIN, USAGE, picture, run
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.xdist_group("fine-tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fine-tuning")]
 
 SYNSETS = ("n01440764", "n02123045")  # classes 0 and 281 of 1,000
 SMALL = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from programs import CLASSES, STOPPED, TRAIN, USAGE, VALIDATE
 
-pytestmark = pytest.mark.xdist_group("formats")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("formats")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from programs import FAILED, LAUNCHER, STOPPED, TRAIN
 
-pytestmark = pytest.mark.xdist_group("resume")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 STEPS, EPOCHS = 4, 2
 _TIMING = ("train/images_per_s", "train/data_wait")

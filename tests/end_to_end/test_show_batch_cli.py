@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from volo.token_labels.store import TokenLabelMap
 from volo.token_labels.writer import StoreWriter
 
-pytestmark = pytest.mark.xdist_group("token_labels")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("token_labels")]
 
 SHOW_BATCH = ROOT / "scripts" / "show_batch.py"
 # One plain colour an image, by name; the classes are those of the small recipe.

@@ -13,7 +13,7 @@ from volo.data.sources.records import class_names
 from volo.token_labels.store import TokenLabelMap, label_key
 from volo.token_labels.writer import StoreWriter
 
-pytestmark = pytest.mark.xdist_group("token_labels")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("token_labels")]
 
 
 def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0, exif="ignore", one_size=False):

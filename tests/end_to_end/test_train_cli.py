@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from volo.cli import build_parser, parse
 
-pytestmark = pytest.mark.xdist_group("train")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 TRAIN_COLUMNS = {"loss", "loss_cls", "loss_dense", "grad_norm", "images_per_s", "data_wait", "lr"}
 VAL_COLUMNS = {"top1", "top5", "loss"}

@@ -24,7 +24,7 @@ from torchvision import transforms
 
 import volo
 
-pytestmark = pytest.mark.xdist_group("validate")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("validate")]
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 VAL = 13  # images to evaluate on: five a batch leaves three

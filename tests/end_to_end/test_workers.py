@@ -10,7 +10,7 @@ import pytest
 import torch
 from programs import FAILED, LAUNCHER, TRAIN
 
-pytestmark = pytest.mark.xdist_group("workers")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 MANY_EPOCHS = ("--schedule.epochs", 1000, "--eval.every_epochs", 1000, "--train.checkpoint_every_epochs", 1000)
 

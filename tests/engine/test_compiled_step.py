@@ -17,6 +17,7 @@ def published_maps(images: int) -> PublishedMaps:
     return PublishedMaps(torch.rand(images, 2, 3, 3), torch.randint(3, (images, 2, 3, 3)), corners)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["aligned", "published"])
 def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geometry):
     """Boxes of MixToken and MixUp change from step to step, and so does the number of classes that a token lists."""

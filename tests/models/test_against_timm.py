@@ -58,7 +58,7 @@ def test_parameter_counts(name, img_size):
     assert model.grid_size == (img_size // 16, img_size // 16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 @torch.inference_mode()
 def test_logits_at_224(name, random_state):
     ours, theirs = twins(name, random_state)

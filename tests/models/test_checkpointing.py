@@ -114,6 +114,7 @@ def test_copies_keep_less_too_and_have_their_own_parameters(make_small, mode):
             assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_to_one_graph(make_small, mode):
     images = torch.randn(2, 3, 32, 32)
@@ -211,6 +212,7 @@ def test_a_buffer_stays_the_same_tensor(make_small):
     assert [b.data_ptr() for b in model.buffers()] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_d1_keeps_at_most_half_of_what_timm_keeps(precision):
     ours, theirs = create_model("volo_d1").train(), timm.create_model("volo_d1_224").train()

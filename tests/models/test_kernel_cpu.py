@@ -301,6 +301,7 @@ def build_at_once(rank, size, cache, compiler):
     return reason
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path, copy):
     os.mkfifo(tmp_path / "pipe")  # opening it waits for the other process: both compile before either has a library
     meet = f'case $RANK_HERE in 0) : > "{tmp_path}/pipe";; 1) : < "{tmp_path}/pipe";; esac'
@@ -321,6 +322,7 @@ print(cpu.unavailable_reason())
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_built_at_import_and_a_killed_build_blocks_no_other(fresh, tmp_path, monkeypatch, copy):
     killer = stand_in(tmp_path / "killer", f'echo "$last" > "{tmp_path}/killed"; kill -9 $PPID')
     done = subprocess.run(

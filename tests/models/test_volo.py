@@ -240,6 +240,7 @@ def test_compiles_once_for_all_boxes(make_small):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_in_whole_with_stochastic_depth_and_in_evaluation(make_small):
     torch._dynamo.reset()
     model, images = make_small(drop_path_rate=0.3, drop_rate=0.1, attn_drop_rate=0.1), torch.randn(2, 3, 32, 32)
