@@ -130,14 +130,14 @@ def test_the_images_a_run_goes_on_with(caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING, "volo"):
         check_same_images(state, splits(95), batch_size=32)  # two steps an epoch, as before
-    assert "on 80 training images, and 95 are there now" in caplog.records[0].getMessage()
+    assert "on 80 training images; now there are 95" in caplog.records[0].getMessage()
     caplog.clear()
     for digest, told in ((splits(80).train.labels_digest(), 0), ("of other labels", 1)):
         with caplog.at_level(logging.WARNING, "volo"):
             check_same_images(state | {"train_labels": digest}, splits(80), batch_size=32)
         assert ["have other labels than before" in r.getMessage() for r in caplog.records] == [True] * told
     for images in (63, 96):
-        with pytest.raises(ValueError, match=f"{images} are there now.*another number of steps"):
+        with pytest.raises(ValueError, match=f"now there are {images}.*another number of steps"):
             check_same_images(state, splits(images), batch_size=32)
     with pytest.raises(ValueError, match="on other classes .2 from 'cat' to 'dog'; now 2 from 'dog' to 'cat'"):
         check_same_images(state, splits(80, ("dog", "cat")), batch_size=32)
@@ -154,7 +154,7 @@ def test_images_are_listed_once_and_the_classes_are_the_networks(make_image_fold
     assert (len(found.train), len(found.val), found.classes) == (4, 2, ("a", "b", "c"))
     assert found.val.labels.tolist() == [0, 2]
     assert load_splits(tiny_config(data={"root": str(tmp_path), "val_split": "none"})).val is None
-    with pytest.raises(ValueError, match="gives 3 classes, and model.num_classes is 4: set --model.num_classes 3"):
+    with pytest.raises(ValueError, match="gives 3 classes.*model.num_classes is 4.*--model.num_classes 3"):
         load_splits(tiny_config(data={"root": str(tmp_path)}, model={"num_classes": 4}))
     with pytest.raises(ValueError, match="data.val_split .* is 'test', but"):
         load_splits(tiny_config(data={"root": str(tmp_path), "val_split": "test"}))

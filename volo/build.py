@@ -1,6 +1,6 @@
 """From a config to what a run is made of: network, images, label maps, loaders.
 
-Whatever is wrong here is the user's to mend and ends with exit code 2, before any work.
+Errors raised here are the user's to correct; they end the program with exit code 2, before any work.
 """
 
 import logging
@@ -16,6 +16,7 @@ from volo.data.sources.formats import open_split
 from volo.data.sources.records import ImageRecords, Splits, class_names
 from volo.engine.batch_layout import BatchLayout
 from volo.models import create_model, load_checkpoint
+from volo.models.volo import VOLO
 from volo.runtime import distributed
 from volo.runtime.distributed import World, processes_here, worker_count
 from volo.runtime.rng import torch_seed
@@ -25,15 +26,15 @@ _logger = logging.getLogger("volo")
 
 
 def require_start(config: Config) -> None:
-    """Raise ValueError where a fine-tuning recipe is to start from fresh weights."""
+    """Raise ValueError if a fine-tuning recipe has no weights to start from."""
     if config.eval.before_training and config.model.checkpoint is None:
         raise ValueError(
-            "eval.before_training is set, as in the fine-tuning recipes, but there are no weights to evaluate: give "
-            "--model.checkpoint FILE, the weights to start from (or --eval.before_training false)"
+            "eval.before_training is set, as in the fine-tuning recipes, but there are no weights to evaluate. Give "
+            "--model.checkpoint FILE, the weights to start from, or --eval.before_training false"
         )
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> VOLO:
     """Return the network of ``config`` with fresh weights; ValueError names an option that does not fit."""
     return create_model(
         config.name,
@@ -44,8 +45,8 @@ def build_model(config: ModelConfig) -> nn.Module:
     )
 
 
-def make_network(config: Config, world: World, state: dict | None = None) -> nn.Module:
-    """Return the network of a run on its device, with fresh weights, those to start from, or those of ``state``.
+def make_network(config: Config, world: World, state: dict | None = None) -> VOLO:
+    """Return the network of a run on its device: fresh weights, those of the checkpoint to start from, or ``state``'s.
 
     Raises ValueError if weights do not fit, or SyncBatchNorm is asked for on the CPU.
     """
@@ -58,22 +59,22 @@ def make_network(config: Config, world: World, state: dict | None = None) -> nn.
         report = load_checkpoint(model, config.model.checkpoint, use_ema=config.model.checkpoint_ema)
         trained_heads = not report.dropped_heads
     if config.loss.dense_weight == 0 and model.aux_head is not None:
-        # No loss reaches it, and DistributedDataParallel waits for the gradient of all that requires one.
+        # No loss reaches it, and DistributedDataParallel waits for every parameter that requires a gradient.
         model.aux_head.requires_grad_(False)
         if not trained_heads:
             for parameter in model.aux_head.parameters():
-                nn.init.zeros_(parameter)  # evaluation adds half of its largest logits: noise, if it were random
+                nn.init.zeros_(parameter)  # random ones would add noise to the logits of an evaluation
         _logger.warning(
-            "loss.dense_weight is 0: the token head keeps the weights of the checkpoint, or says nothing where it "
-            "is new; model.return_dense false (with mix.mix_token false) makes a network without it"
+            "loss.dense_weight is 0: the token head is not trained. It keeps the weights of the checkpoint, or is zero "
+            "if it is new; model.return_dense false (with mix.mix_token false) makes a network without it"
         )
     if config.train.sync_bn and world.size > 1:
         if world.device.type == "cpu":
             raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     model.set_recompute(config.train.recompute)
     memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
-    return model.to(world.device, memory_format=memory_format)
+    return model.to(world.device).to(memory_format=memory_format)
 
 
 def load_splits(config: Config) -> Splits:
@@ -88,20 +89,20 @@ def load_splits(config: Config) -> Splits:
 
 
 def require_classes(classes: tuple[str, ...], config: Config) -> None:
-    """Raise ValueError where the number of classes is not the network's."""
+    """Raise ValueError if the images have another number of classes than the network."""
     if len(classes) != config.model.num_classes:
         raise ValueError(
-            f"data.class_list '{config.data.class_list}' gives {len(classes)} classes, and model.num_classes is "
-            f"{config.model.num_classes}: set --model.num_classes {len(classes)}"
+            f"data.class_list '{config.data.class_list}' gives {len(classes)} classes, but model.num_classes is "
+            f"{config.model.num_classes}. Set --model.num_classes {len(classes)}"
         )
 
 
 def open_token_labels(
     config: Config, splits: Splits, grid: tuple[int, int], is_main: bool = True
 ) -> LabelSource | None:
-    """Open the label maps of the training images for the network's ``grid``; None where none are given.
+    """Open the label maps of the training images for the network's ``grid``; return None if none are given.
 
-    Raises ValueError where they do not belong to the images and classes, or are damaged as far as can be seen now.
+    Raises ValueError if they do not belong to the images and classes, or if damage is found in a first look.
     """
     options = config.token_label
     if options.root is None:
@@ -122,7 +123,7 @@ def open_token_labels(
 def make_train_loader(
     config: Config, records: ImageRecords, world: World, layout: BatchLayout, token_labels: LabelSource | None = None
 ) -> TrainLoader:
-    """Return this rank's training batches, with label maps where they are given."""
+    """Return this rank's training batches, with label maps if they are given."""
     return train_loader(
         records,
         TrainTransform(config.augment, config.model.image_hw),
@@ -158,11 +159,11 @@ def make_eval_loader(config: Config, records: ImageRecords, world: World) -> Eva
 
 
 def require_shared_memory(config: Config, layout: BatchLayout | None, val: ImageRecords | None) -> None:
-    """Raise ValueError, on every rank, where a machine's /dev/shm has no room for the batches that are read ahead.
+    """Raise ValueError, on every rank, if a machine's /dev/shm is too small for the batches that are read ahead.
 
     Args:
-        config: The options. Label maps are taken to need as much as the pixels; it is less.
-        layout: The training batches, None where nothing is trained.
+        config: The options. Label maps are assumed to need as much as the pixels, which is more than they do.
+        layout: The training batches; None if nothing is trained.
         val: The images to evaluate on, if any.
     """
     height, width = config.model.image_hw

@@ -1,4 +1,4 @@
-"""What validate.py does: one checkpoint, one or more datasets, exact numbers with everything they depend on."""
+"""What validate.py does: evaluate one checkpoint on one or more datasets, and record what the numbers depend on."""
 
 import hashlib
 import logging

@@ -148,14 +148,14 @@ def test_other_optimizers_of_timm_take_a_step(name):
 def test_three_betas_where_the_optimizer_takes_them():
     net = Net()
     train_a_step(net, create_optimizer(net, OptimConfig(name="adan", betas=[0.98, 0.92, 0.99])), seed=0)
-    with pytest.raises(ValueError, match="'adan' takes 3 betas, and optim.betas is"):
+    with pytest.raises(ValueError, match="'adan' takes 3 betas.*optim.betas is"):
         create_optimizer(net, OptimConfig(name="adan"))
     with pytest.raises(ValueError, match="'adamw' takes 2 betas"):
         create_optimizer(net, OptimConfig(betas=[0.9, 0.9, 0.9]))
 
 
 def test_names_that_cannot_be():
-    with pytest.raises(ValueError, match=r"optim.name 'adamv' is not one of timm's \d+ .*near it are adam"):
+    with pytest.raises(ValueError, match=r"optim.name 'adamv' is not one of timm's \d+ .*adam"):
         create_optimizer(Net(), OptimConfig(name="adamv"))
     with pytest.raises(ValueError, match="'lookahead_xyz'.*adamw"):
         create_optimizer(Net(), OptimConfig(name="lookahead_xyz"))

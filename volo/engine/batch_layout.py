@@ -16,11 +16,11 @@ class BatchLayout:
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> "BatchLayout":
-        """Plan ``train.batch_size`` over ``world_size`` processes; ValueError where it does not divide."""
+        """Plan ``train.batch_size`` over ``world_size`` processes; raise ValueError if it does not divide."""
         total, most = config.train.batch_size, config.train.device_batch_size
         if total < world_size:
             raise ValueError(
-                f"train.batch_size is {total}, over {world_size} processes: less than one image each. Start at most "
+                f"train.batch_size is {total}, over {world_size} processes, less than one image each. Start at most "
                 f"{total} processes or raise train.batch_size to {world_size} or more"
             )
         # MixUp and CutMix pair the images of a pass.
@@ -35,7 +35,7 @@ class BatchLayout:
             )
         if most < pairs:
             raise ValueError(
-                f"train.device_batch_size is {most}, but MixUp and CutMix pair the images of a pass; at least 2"
+                f"train.device_batch_size is {most}, but MixUp and CutMix pair the images of a pass. Set 2 or more"
             )
         share = total // world_size
         passes = next(n for n in range(1, share + 1) if share % (n * pairs) == 0 and share // n <= most)

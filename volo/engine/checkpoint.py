@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there, and the newest valid one to go on from.
+"""Checkpoints that are complete or absent, and the newest valid one to resume from.
 
 What a checkpoint of ours holds (plain containers and tensors only, so it loads with ``weights_only``):
     format, version          "volo", 1
     arch, classes            registered model name; class names in index order
     state_dict               the network
-    state_dict_ema           its average, where there is one
+    state_dict_ema           its average, if there is one
     optimizer, scaler        their state
     progress                 :class:`TrainState`: position in the schedule and the best result so far
     rng                      the seed; every draw of a run is a function of it and of the position
@@ -34,10 +34,10 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     global_step: int = 0
-    closed_epochs: int = 0  # finished epochs whose evaluation, where one was due, is done too
+    closed_epochs: int = 0  # finished epochs whose evaluation, if one was due, is done too
     best_top1: float = -1.0
     best_epoch: int = -1
-    replaced_images: int = 0  # how many times another image took the place of one that cannot be used
+    replaced_images: int = 0  # how many times an unreadable image was replaced
 
     def state_dict(self) -> dict:
         return asdict(self)
@@ -60,13 +60,13 @@ def save_atomically(state: dict, path: Path) -> None:
         with atomic_file(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        # torch may word a failed write as an internal error of its archive; what failed stands behind that.
+        # torch may report a failed write as an internal error of its archive; the cause is in its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         free = shutil.disk_usage(path.parent).free / 2**20
         raise SaveError(
-            f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Checkpoints "
-            "written before are intact; make room and start again with train.resume auto"
+            f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Earlier "
+            "checkpoints are intact. Free some space and start again with train.resume auto"
         ) from error
 
 
@@ -86,10 +86,10 @@ class CheckpointFolder:
         return self.folder / "best.pt"
 
     def save(self, state: dict, is_best: bool) -> None:
-        """Write ``state`` once; name it last, and best if it is; forget the oldest beyond ``keep``.
+        """Write ``state`` once, link it as last and, if it is, as best; delete the oldest beyond ``keep``.
 
-        Numbers above that of ``state`` are of a course that was given up for an earlier checkpoint; they are
-        forgotten, too, or the next start would go back to it.
+        Checkpoints with a higher step number than ``state`` are from before the run resumed at an earlier one. They are
+        deleted, too, or the next start would resume from them.
         """
         remove_temporary_files(self.folder)  # half-written by a run that was killed
         path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
@@ -102,11 +102,11 @@ class CheckpointFolder:
             old.unlink()
 
     def _name(self, path: Path, name: Path) -> None:
-        """Give the file at ``path`` a second name, replacing what had it in one step."""
+        """Give the file at ``path`` a second name, replacing its former holder atomically."""
         try:
             link_atomic(path, name)
         except OSError as error:
-            raise SaveError(f"{name} could not be written: {error}; {path} holds the same state") from error
+            raise SaveError(f"{name} could not be written: {error}. {path} holds the same state") from error
 
     def _numbered(self) -> list[Path]:
         """Return the numbered checkpoints, newest first."""
@@ -118,7 +118,7 @@ class CheckpointFolder:
     def newest_valid(self) -> tuple[Path, dict] | None:
         """Return the newest checkpoint that can be read, reporting each that cannot; None in a fresh folder.
 
-        Raises UnreadableCheckpoint where there are checkpoints and none can be read: a run never restarts by itself.
+        Raises UnreadableCheckpoint if there are checkpoints but none can be read: a run never restarts by itself.
         """
         candidates = self._numbered()
         if self.last.exists():
@@ -135,11 +135,11 @@ class CheckpointFolder:
                 return path, read_own_checkpoint(path)
             except ValueError as error:
                 tried.append(path)
-                _logger.warning("%s is passed over: %s", path.name, error)
+                _logger.warning("skipping %s: %s", path.name, error)
         if tried:
             raise UnreadableCheckpoint(
-                f"none of the checkpoints in {self.folder} can be read ({len(tried)} tried, the reasons stand above); "
-                "nothing was changed. To start again from nothing, use another train.name"
+                f"none of the checkpoints in {self.folder} can be read ({len(tried)} tried, see the reasons above); "
+                "nothing was changed. To start from scratch, use another train.name"
             )
         return None
 
@@ -147,13 +147,13 @@ class CheckpointFolder:
 def read_own_checkpoint(path: Path) -> dict:
     """Return a checkpoint that this program wrote.
 
-    Raises UnreadableCheckpoint where it is damaged, ValueError where it is not there or of another program.
+    Raises UnreadableCheckpoint if it is damaged, ValueError if it is missing or from another program.
     """
     state = read_checkpoint(path)
     missing = {"state_dict", "optimizer", "progress", "config"} - set(state)
     if missing:
         raise ValueError(
-            f"{path} is no checkpoint to resume from: it lacks {', '.join(sorted(missing))}. To start from its "
+            f"{path} is not a checkpoint to resume from: it lacks {', '.join(sorted(missing))}. To start from its "
             "weights, use model.checkpoint"
         )
     return state

@@ -5,12 +5,12 @@ rank, and everything drawn for it is keyed by (seed, epoch, step, k), so that on
 two processes with one pass draw.
 """
 
-import contextlib
 import logging
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple, cast
 
 import torch
-from timm.utils import dispatch_clip_grad
+from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,10 +21,13 @@ from volo.data.normalise import normalise_and_erase
 from volo.engine.batch_layout import BatchLayout
 from volo.engine.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
 from volo.losses import LossTerms, TokenLabelLoss
+from volo.models.volo import VOLO
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.precision import Precision, apex_initialise, require_apex_amp
 from volo.runtime.rng import generator, torch_seed
+from volo.token_labels.aligned import AlignedMaps
+from volo.token_labels.published import PublishedMaps
 from volo.token_labels.targets import ClassTargets, Targets
 
 _logger = logging.getLogger("volo")
@@ -47,7 +50,7 @@ class Inputs(NamedTuple):
 class Learner:
     """Network, loss, optimizer, gradient scaler and weight average of one process."""
 
-    def __init__(self, config: Config, world: World, layout: BatchLayout, model: nn.Module, state: dict | None = None):
+    def __init__(self, config: Config, world: World, layout: BatchLayout, model: VOLO, state: dict | None = None):
         """Build what trains ``model``.
 
         Args:
@@ -109,10 +112,11 @@ class Learner:
         last = micro == self.layout.micro_batches - 1
         position = (epoch, step, micro * self.world.size + self.world.rank)
         torch.manual_seed(torch_seed(self.config.train.seed, "forward", *position))  # dropout and drop path
+        wrapped = self.wrapped
         # Gradients travel between processes once per step, in the last pass.
-        with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
             with self.precision.autocast():
-                output = self.wrapped(images, mix_box)
+                output = wrapped(images, mix_box)
             terms = self.loss_terms(output, targets, mix_box)
             self._backward(terms.total / self.layout.micro_batches)
         return terms
@@ -125,7 +129,7 @@ class Learner:
         )  # [B, 3, H, W], [B]
         targets = self._targets(batch, labels)
         rng = generator(config.train.seed, "mix", epoch, step, micro * self.world.size + self.world.rank)
-        mix = draw_mix(rng, config.mix, len(images), tuple(images.shape[-2:]), epoch)
+        mix = draw_mix(rng, config.mix, len(images), (images.shape[-2], images.shape[-1]), epoch)
         if mix is not None:
             images, targets = apply_mix(images, mix), targets.mixed(mix, self.grid, config.model.image_hw)
         mix_box = None
@@ -140,6 +144,7 @@ class Learner:
         if batch.sidecar is None:
             return ClassTargets(truth)
         maps = batch.sidecar.map(lambda tensor: tensor.to(self.world.device, non_blocking=True))
+        maps = cast(AlignedMaps | PublishedMaps, maps)  # the sidecars of token_labels
         return maps.targets(truth, self.grid, config.loss.smoothing, config.token_label.smoothing == "published")
 
     def _backward(self, loss: Tensor) -> None:
@@ -155,7 +160,7 @@ class Learner:
         set_learning_rate(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if config.clip_grad > 0 and config.clip_mode == "norm":
             nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)  # the norm is known already
         elif config.clip_grad > 0:

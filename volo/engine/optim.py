@@ -3,13 +3,21 @@
 import difflib
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
-from timm.utils import ModelEmaV3
+from timm.optim import (
+    create_optimizer_v2,  # pyright: ignore[reportPrivateImportUsage]
+    get_optimizer_info,  # pyright: ignore[reportPrivateImportUsage]
+    list_optimizers,  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_weight_decay,  # pyright: ignore[reportPrivateImportUsage]
+)
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from volo.config import EmaConfig, OptimConfig, ScheduleConfig
+from volo.models.volo import VOLO
 
 _logger = logging.getLogger("volo")
 
@@ -17,10 +25,10 @@ _logger = logging.getLogger("volo")
 _FUSED_IN_TORCH = ("adamw", "adam", "sgd")
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def create_optimizer(model: VOLO, config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of ``model``; weight decay leaves out biases, 1-D tensors and ``no_weight_decay()``.
 
-    Raises ValueError for an unknown name, or where Apex is asked for and NVIDIA's is not installed.
+    Raises ValueError for an unknown name, or if Apex is asked for and NVIDIA's is not installed.
     """
     check_optimizer(config)
     optimizer = _fused_adam(model, config) if config.implementation == "apex" else _of_timm(model, config)
@@ -29,7 +37,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def _of_timm(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    fused = {"fused": True} if config.name in _FUSED_IN_TORCH else {}
+    fused: dict[str, Any] = {"fused": True} if config.name in _FUSED_IN_TORCH else {}
     try:  # the factory leaves betas and eps out for an optimizer that has none
         optimizer = create_optimizer_v2(
             model,
@@ -48,20 +56,20 @@ def _of_timm(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """Raise ValueError where there is no such optimizer, it takes another number of betas, or Apex is not there."""
+    """Raise ValueError if the optimizer is unknown, takes another number of betas, or needs Apex, which is missing."""
     if config.implementation == "apex":
         _require_fused_adam(config)
     name = config.name.removeprefix("lookahead_")
-    if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.5) or ["adamw", "lamb", "sgd"]
+    known: list[str] = [*map(str, list_optimizers())]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["adamw", "lamb", "sgd"]
         raise ValueError(
-            f"optim.name '{config.name}' is not one of timm's {len(list_optimizers())} optimizers; near it are "
-            f"{', '.join(near)}"
+            f"optim.name '{config.name}' is not one of timm's {len(known)} optimizers. Similar names: {', '.join(near)}"
         )
     info = get_optimizer_info(name)
     if info.has_betas and info.num_betas != len(config.betas):
         raise ValueError(
-            f"optim.name '{config.name}' takes {info.num_betas} betas, and optim.betas is {config.betas}: give "
+            f"optim.name '{config.name}' takes {info.num_betas} betas, but optim.betas is {config.betas}. Give "
             f"{info.num_betas} numbers"
         )
 
@@ -69,7 +77,7 @@ def check_optimizer(config: OptimConfig) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load ``state``, but keep the weight decay, betas and eps that the optimizer was made with.
 
-    torch takes them over from the checkpoint, where they would overrule what the user changed on resuming.
+    torch takes them from the checkpoint, which would override what the user changed for the resumed run.
     """
     kept = [{k: g[k] for k in ("weight_decay", "betas", "eps") if k in g} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -77,22 +85,22 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         group.update(options)
 
 
-def _fused_adam(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def _fused_adam(model: VOLO, config: OptimConfig) -> torch.optim.Optimizer:
     """Return NVIDIA Apex's FusedAdam in AdamW mode."""
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
     make = _require_fused_adam(config)
     return make(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, adam_w_mode=True)
 
 
-def _require_fused_adam(config: OptimConfig) -> type[torch.optim.Optimizer]:
-    """Return NVIDIA Apex's FusedAdam; ValueError where that Apex is not installed, or another optimizer is named."""
+def _require_fused_adam(config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+    """Return NVIDIA Apex's FusedAdam; ValueError if it is not installed or another optimizer is named."""
     if config.name != "adamw":
         raise ValueError(
             f"optim.implementation 'apex' is FusedAdam in AdamW mode; optim.name is '{config.name}'. Use optim.name "
             "adamw, or optim.implementation torch"
         )
     try:
-        from apex.optimizers import FusedAdam
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"optim.implementation is 'apex', but NVIDIA Apex's FusedAdam cannot be imported ({error}). Build "
@@ -132,9 +140,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def create_ema(model: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:
-    """Return the average of ``model``, or None where it is off.
+    """Return the average of ``model``, or None if it is off.
 
-    To be called when all ranks hold the same weights; earlier, ranks would evaluate different averages.
+    Call it once all ranks hold the same weights; earlier, ranks would average different ones.
     """
     if not config.enabled:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a run, and what a run that resumes there must have in common with the one before."""
+"""The folder of a run, and what a resumed run must have in common with the run before."""
 
 import logging
 import subprocess
@@ -29,31 +29,31 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
 
     def create(self) -> None:
-        """Make the folder; ValueError where it cannot be written to."""
+        """Make the folder; raise ValueError if it is not writable."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"run folder {self.path} cannot be written to ({error}); set train.output") from error
+            raise ValueError(f"run folder {self.path} cannot be written to ({error}). Set train.output") from error
 
     def find_checkpoint(self, config: Config) -> tuple[Path, dict] | None:
-        """Return the checkpoint to go on from, by ``train.resume``; None for a fresh start.
+        """Return the checkpoint to resume from, by ``train.resume``; None for a fresh start.
 
-        Raises ValueError where the folder holds a finished run, or one that must not be touched.
+        Raises ValueError if the folder holds a finished run, or one that must not be touched.
         """
         if config.train.resume not in ("auto", "never"):
             path = Path(config.train.resume)
             found = path, read_own_checkpoint(path)
             if path.resolve().parent != self.path.resolve():
-                # The best of another folder is not here: best.pt is the best of what this one sees.
+                # best.pt is the best of this folder's own evaluations.
                 found[1]["progress"].update(best_top1=-1.0, best_epoch=-1)
         elif config.train.resume == "never":
             if self.checkpoints.exists():
                 raise ValueError(
-                    f"run folder {self.path} already holds checkpoints, and train.resume is 'never': choose another "
-                    "train.name, or train.resume auto to go on"
+                    f"run folder {self.path} already holds checkpoints, and train.resume is 'never'. Choose another "
+                    "train.name, or set train.resume auto to resume"
                 )
             return None
         else:
@@ -64,7 +64,7 @@ class RunFolder:
         done, total = state["progress"]["epoch"], config.schedule.total_epochs
         if done >= total and state["progress"]["closed_epochs"] >= done:
             if path.resolve().parent != self.path.resolve():
-                raise ValueError(f"train.resume {path} is of a finished run ({done} of {total} epochs)")
+                raise ValueError(f"train.resume {path} is from a finished run ({done} of {total} epochs)")
             raise ValueError(
                 f"run folder {self.path} already holds a finished run ({done} of {total} epochs, best top-1 "
                 f"{state['progress']['best_top1']:.2f} %); nothing was changed. Choose another train.name for a new "
@@ -85,7 +85,7 @@ _FIXED_IN_A_RUN = (
     ("optim", "name"),
     ("ema", "enabled"),
 )
-# Where things are kept: what a run sees stays the same.
+# These say where things are kept, and change nothing in the run.
 _NOT_OF_THE_RUN = (
     *(("train", name) for name in ("resume", "output", "name")),
     ("data", "cache"),
@@ -93,7 +93,7 @@ _NOT_OF_THE_RUN = (
 
 
 def check_same_run(saved: dict, config: Config) -> None:
-    """Report every option that differs from the checkpoint's; ValueError where it may not differ."""
+    """Report every option that differs from the checkpoint's; raise ValueError if it must not differ."""
     forbidden, allowed = [], []
     saved = upgraded(saved)
     for section, options in config_to_dict(config).items():
@@ -105,7 +105,7 @@ def check_same_run(saved: dict, config: Config) -> None:
             changes.append(f"{section}.{name} was {old} and is now {value}")
     if forbidden:
         raise ValueError(
-            "the checkpoint is of a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
+            "the checkpoint is from a run with other options: " + "; ".join(forbidden) + ". Set them back, or choose "
             "another train.name for a new run"
         )
     for change in allowed:
@@ -113,25 +113,25 @@ def check_same_run(saved: dict, config: Config) -> None:
 
 
 def check_same_images(state: dict, splits: Splits, batch_size: int) -> None:
-    """Raise ValueError where a run cannot go on with the images that are there now.
+    """Raise ValueError if a run cannot resume on the present images.
 
-    With other classes the labels would mean something else; with another number of steps an epoch, the position.
-    A few images more or fewer are reported.
+    Other classes would change the meaning of the labels; another number of steps per epoch, that of the position.
+    A few images more or fewer are only reported.
     """
     if "classes" in state and tuple(state["classes"]) != splits.classes:
         raise ValueError(
-            f"the checkpoint is of a run on other classes ({_ends(state['classes'])}; now {_ends(splits.classes)}): "
-            "check data.root and data.class_list, or choose another train.name for a new run"
+            f"the checkpoint is from a run on other classes ({_ends(state['classes'])}; now {_ends(splits.classes)}). "
+            "Check data.root and data.class_list, or choose another train.name for a new run"
         )
     before, now = state.get("train_images"), len(splits.train)
     if before not in (None, now):
-        told = f"the checkpoint is of a run on {before:,} training images, and {now:,} are there now"
+        message = f"the checkpoint is from a run on {before:,} training images; now there are {now:,}"
         if before // batch_size != now // batch_size:
             raise ValueError(
-                f"{told}: an epoch would have another number of steps. Put them back as they were, or start a new run "
+                f"{message}, so that an epoch has another number of steps. Restore them, or start a new run "
                 "(another train.name) from these weights (model.checkpoint)"
             )
-        _logger.warning("%s: the run goes on, in another order than it would have taken", told)
+        _logger.warning("%s: the run resumes, but takes the images in another order", message)
     elif state.get("train_labels") not in (None, splits.train.labels_digest()):
         _logger.warning("resuming with a change: some of the training images have other labels than before")
 
@@ -141,7 +141,7 @@ def _ends(classes: Sequence[str]) -> str:
 
 
 def git_revision() -> str:
-    """Return the revision of this code, with "+changes" where the working tree differs; "unknown" outside git."""
+    """Return the revision of this code, with "+changes" if the working tree differs; "unknown" outside git."""
     here = Path(__file__).parent
     try:
         revision = _git(here, "rev-parse", "--short=12", "HEAD")

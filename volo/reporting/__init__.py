@@ -1,7 +1,7 @@
-"""What a run tells its user: log lines, progress, tables, TensorBoard, metrics.csv and pictures.
+"""What a run reports: log lines, progress, tables, TensorBoard, metrics.csv and pictures.
 
 Names of metrics, which are the columns of metrics.csv after ``step`` and ``epoch``: ``train/loss``, ``train/loss_cls``,
-``train/loss_dense``, ``train/grad_norm``, ``train/images_per_s``, ``train/data_wait`` (share of the time, 0 to 1),
+``train/loss_dense``, ``train/grad_norm``, ``train/images_per_s``, ``train/data_wait`` (fraction of the time, 0 to 1),
 ``train/lr``, and for both ``val`` (raw weights) and ``val_ema`` (averaged weights) ``top1`` and ``top5`` in percent and
 ``loss``.
 

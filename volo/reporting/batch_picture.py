@@ -1,7 +1,8 @@
-"""A picture of a training batch with its token labels: whether labels and pixels agree, at a glance.
+"""A picture of a training batch with its token labels: shows at a glance whether labels and pixels agree.
 
-B images, N = rows * columns tokens. Each image is drawn as the network gets it, and beside it under its tokens: the
-class of each and its share in percent, one colour a class; tokens that see nothing of their image are hatched.
+B images, N = rows * columns tokens. Each image is drawn as the network gets it, and again beside it with its tokens on
+top: the class of each and its probability in percent, one colour per class. Tokens that see nothing of their image
+are hatched.
 """
 
 import io
@@ -44,11 +45,11 @@ def draw_batch(
     tokens: TokenView | None = None,
     mix_box: Sequence[int] | None = None,
 ) -> bytes:
-    """Return a PNG of images [B, H, W, 3] in [0, 1], with their token labels where there are any.
+    """Return a PNG of images [B, H, W, 3] in [0, 1], with their token labels, if there are any.
 
     Args:
         images: As the network gets them, normalisation undone.
-        titles: One a picture: its own label.
+        titles: One per image: its own label.
         class_names: Names in index order.
         tokens: Token labels.
         mix_box: MixToken's box (top, left, bottom, right) on the grid, drawn as a dashed frame: inside, the network

@@ -1,4 +1,4 @@
-"""curves.png: the course of a run at one glance, drawn from its metrics.csv."""
+"""curves.png: a run at a glance, drawn from its metrics.csv."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ def plot_curves(metrics_csv: str | Path, png: str | Path, title: str) -> None:
 
     Series that were not written are left out, and gaps and non-finite values are gaps in the lines.
     """
-    # A Figure of its own instead of pyplot: no window system is asked and nothing is kept after the return.
+    # Figure instead of pyplot: it needs no window system, and nothing is kept after the return.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def _finish(axes, title: str, ylabel: str, xlabel: str = "", right=None) -> None
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if right is not None:
-        # One curve an axis: the colours of the axes say which is which, and a legend would cover the curves.
+        # One curve per axis: the colours of the axes say which is which, and a legend would cover the curves.
         axes.yaxis.label.set_color(_BLUE)
         axes.tick_params(axis="y", colors=_BLUE)
     elif len(axes.lines) > 1:

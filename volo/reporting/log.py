@@ -11,11 +11,11 @@ logger = logging.getLogger("volo")
 
 
 def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: int = 0) -> None:
-    """Send the messages of the logger "volo" where they belong; a second call replaces the first.
+    """Set up the handlers of the logger "volo"; a second call replaces the first.
 
     The main process prints its messages plainly to stdout and appends them, with the time, to ``log.txt`` in
-    ``run_dir`` (None: no file). What is logged is about the run as a whole, so the others would repeat it: they
-    print errors alone, with their rank in front.
+    ``run_dir`` (None: no file). Messages are about the run as a whole, so the other ranks would repeat them: they
+    only print errors, with their rank in front.
     """
     assert main_process == (rank == 0), f"rank {rank}, main_process={main_process}"
     for handler in list(logger.handlers):
@@ -27,17 +27,17 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
     if main_process and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        # Opened by the first message: a run that is refused leaves the folder of another as it was.
+        # Opened by the first message: a refused run leaves an existing folder unchanged.
         file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that leaves out what a full disk does not take: the console has it, and the next save ends the run."""
+    """A log file that drops lines when the disk is full: the console has them, and the next save ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print no traceback a message, as logging does by itself."""
+        """Do not print a traceback per message, as logging does by default."""
 
 
 class _BarSafeHandler(logging.StreamHandler):
@@ -49,15 +49,15 @@ class _BarSafeHandler(logging.StreamHandler):
 
 
 class ProgressBar:
-    """ProgressBar of one loop: a bar where stderr is a terminal, else a log line now and then.
+    """Progress of one loop: a bar if stderr is a terminal, else a log line now and then.
 
     Args:
         total: Steps of the loop.
-        title: What stands in front: "epoch 3/310", "eval".
+        title: The prefix: "epoch 3/310", "eval".
         enabled: False makes every method do nothing, for the ranks that do not report.
         log_every: Steps between two lines; the last step always has one.
-        done: Steps that were made before, where a run resumes inside the loop.
-        delay: Seconds before anything is shown: a loop that is over by then needs no words.
+        done: Steps already done, if a run resumes inside the loop.
+        delay: Seconds before anything is shown: a loop that ends sooner prints nothing.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class ProgressBar:
             self._bar.set_postfix(texts, refresh=False)
             self._bar.update(n)
         elif self._done // self._log_every > before // self._log_every or self._done == self._total:
-            seconds_a_step = (time.perf_counter() - self._start) / max(self._done - self._first, 1)
-            eta = tqdm.format_interval(seconds_a_step * (self._total - self._done))
+            seconds_per_step = (time.perf_counter() - self._start) / max(self._done - self._first, 1)
+            eta = tqdm.format_interval(seconds_per_step * (self._total - self._done))
             values = "".join(f"  {name} {text}" for name, text in texts.items())
             logger.info("%s  step %d/%d%s  ETA %s", self._title, self._done, self._total, values, eta)
 

@@ -1,6 +1,6 @@
 """Numbers in files: metrics.csv with its TensorBoard twin, results.json and results.csv.
 
-A file is rewritten through a temporary one that takes its name at the end, so a stop at any moment leaves the old or
+A file is rewritten through a temporary file, which is renamed at the end, so a stop at any moment leaves the old or
 the new file, never half of one.
 """
 
@@ -114,10 +114,10 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def write_results(path_json: str | Path, path_csv: str | Path, rows: list[dict]) -> None:
-    """Write one record a row as JSON (a list of objects) and as CSV (columns in order of first appearance).
+    """Write one record per row as JSON (a list of objects) and as CSV (columns in order of first appearance).
 
-    JSON has no NaN or infinity: there they become null; the CSV file keeps them. Lists and dictionaries in a row
-    stand in the CSV file as JSON.
+    JSON has no NaN or infinity, so they become null there; the CSV file keeps them. Lists and dictionaries become
+    JSON in the CSV file.
     """
     write_atomic(Path(path_json), json.dumps(_without_non_finite(rows), indent=2, allow_nan=False) + "\n")
     columns = list(dict.fromkeys(name for row in rows for name in row))
