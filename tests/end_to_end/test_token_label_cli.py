@@ -200,7 +200,7 @@ def test_damaged_label_files_are_left_out_and_reported_where_asked_for(images, t
         out = [one.assert_done() for one in ended][0].out
         assert "2 of 36 label files" in out and "data.on_error is skip" in out
         for file in ("cross/cross_00.pt", "disc/disc_07.pt"):
-            replaced = [line for line in out.splitlines() if f"cannot be used: {labels / file} is not a tok" in line]
+            replaced = [line for line in out.splitlines() if "replaced" in line and str(labels / file) in line]
             assert len(replaced) == 2, "two epochs"
         assert "replaced unreadable training images 4 times" in out
 
