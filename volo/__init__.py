@@ -1,6 +1,11 @@
 """volo: training and evaluation of VOLO (Vision Outlooker, arXiv 2106.13112)."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from volo import losses
+    from volo.models import create_model, list_models, load_checkpoint
 
 __all__ = ["create_model", "list_models", "load_checkpoint", "losses"]
 __version__ = "0.1.0"
