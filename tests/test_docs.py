@@ -231,7 +231,7 @@ def stories() -> list:
         new = [command for command in filter(is_run_here, commands(name)) if command not in seen]
         seen.update(new)
         if new:
-            found.append(pytest.param(new, id=name, marks=pytest.mark.slow if found else ()))
+            found.append(pytest.param(new, id=name, marks=pytest.mark.slow))
     return found
 
 

@@ -1,5 +1,6 @@
 """The published numbers: the eleven rows, checked against timm's models and against each other."""
 
+import pytest
 import timm
 import torch
 
@@ -41,6 +42,7 @@ def test_the_eleven_models_and_their_parameters():
     assert [row.key for row in all_published()] == sorted(row.key for row in all_published())
 
 
+@pytest.mark.slow
 def test_parameters_and_crop_equal_timm():
     for row in all_published():
         with torch.device("meta"):

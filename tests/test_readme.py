@@ -29,6 +29,7 @@ def test_the_python_of_the_page_runs():
     assert names["model"].head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_the_python_of_the_api_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": volo.create_model("volo_d1").state_dict()}, "d1_224_84.2.pth.tar")

@@ -200,6 +200,7 @@ def groups(records, broken) -> dict[int, list[dict]]:
     return {1: [shared_counts(0, 1, records, broken)]} | run_group(shared_counts, records, broken, sizes=(3, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_counts_are_exact_on_every_rank(groups, records, processes):
     for found in groups[processes]:

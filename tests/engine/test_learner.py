@@ -277,6 +277,7 @@ def pair(tiny_config, batches):
     return config, run_group(steps_of_two_processes, config, batches, sizes=(2,))[2]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_two_passes(pair, batches):
     """All that is drawn, gradients and weights agree; BatchNorm's running statistics need not.
 
@@ -294,6 +295,7 @@ def test_two_processes_are_one_with_two_passes(pair, batches):
     assert counters == [3, 6]
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_passes_are_one_with_four(pair, batches):
     config, (main, _) = pair
     four = train(make_learner(replace(config, train=replace(config.train, device_batch_size=2))), batches)

@@ -70,6 +70,7 @@ def test_logits_at_224(name, random_state):
         assert (ours(images) - expected).abs().max() < 1e-5, kernel
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_d1_at_384(random_state):
     ours, theirs = twins("volo_d1", random_state, img_size=384)
@@ -77,6 +78,7 @@ def test_d1_at_384(random_state):
     assert (ours(images) - theirs(images)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_d1_at_a_size_that_is_not_square(random_state):
     ours, theirs = twins("volo_d1", random_state, img_size=(160, 112), num_classes=11, in_chans=1)

@@ -184,11 +184,11 @@ def test_layers_that_were_replaced_get_their_gradients(make_small):
             torch.testing.assert_close(results[mode][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_parameters_that_are_swapped_back_before_the_backward_pass_are_told(make_small):
+def test_parameters_that_are_swapped_back_before_the_backward_pass_are_refused(make_small):
     model, images = make_small().train(), torch.randn(2, 3, 32, 32)
     others = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
     total = sum(x.sum() for x in torch.func.functional_call(model, others, (images,)))
-    with pytest.raises(RuntimeError, match=r"others than in the forward pass .*set_recompute\('none'\)"):
+    with pytest.raises(RuntimeError, match=r"set_recompute\('none'\)"):
         total.backward()
     model.set_recompute("none")
     sum(x.sum() for x in torch.func.functional_call(model, others, (images,))).backward()
@@ -225,6 +225,7 @@ def test_d1_keeps_at_most_half_of_what_timm_keeps(precision):
         assert kept_bytes(ours, images) <= 0.6 * mine
 
 
+@pytest.mark.slow
 def test_d1_computes_few_products_twice():
     images = torch.randn(1, 3, 224, 224)
     flops = {}

@@ -143,6 +143,7 @@ def test_table():
 # ------------------------------------------------------------------------------------------------- where it runs
 
 
+@pytest.mark.slow
 def test_answers_without_triton():
     """Nothing imports Triton before a kernel is started: machines without it can ask why there is none."""
     code = (

@@ -166,6 +166,7 @@ def test_native_kernel_refuses_a_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.slow
 def test_native_kernel_is_in_the_compiled_graph():
     value, logits = (x.float().requires_grad_() for x in draw(2, 5, 4, 2, 2, 3, 2, 1))
 
@@ -184,6 +185,7 @@ def test_native_kernel_is_in_the_compiled_graph():
     assert [str(node.target) for node in graphs[0].graph.nodes].count("volo.outlook_attention.default") == 1
 
 
+@pytest.mark.slow
 def test_export_keeps_the_operator(make_small):
     model, images = make_small().eval(), torch.randn(2, 3, 32, 32)
     exported = torch.export.export(model, (images,))

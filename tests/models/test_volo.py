@@ -224,6 +224,7 @@ def test_mixing_in_evaluation_or_with_another_shape_is_refused(make_small):
         model.train()(images, torch.zeros(2, 4, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_boxes(make_small):
     torch._dynamo.reset()
     model, images = make_small(drop_path_rate=0.1).train(), torch.randn(2, 3, 32, 32)

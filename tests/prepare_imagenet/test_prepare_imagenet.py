@@ -69,6 +69,7 @@ def options_of(options_class: type, source: Path, output: Path, **changes):
 # ---------------------------------------------------------------------------------------------------------- verify
 
 
+@pytest.mark.slow
 def test_verify_finds_archives_that_differ(source):
     ended = prepare("verify", source)
     # The published checksums, as torchvision has them.
@@ -101,6 +102,7 @@ def test_verify_needs_an_archive(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- index
 
 
+@pytest.mark.slow
 def test_after_indexing_training_need_not(source, images, monkeypatch):
     for file in source.iterdir():
         formats.settle(file)
@@ -190,6 +192,7 @@ class Interrupted:
         monkeypatch.setattr(ArchiveSource, "read", read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 6, 11, 12, 18])
 def test_unpacking_resumes_after_an_interruption(source, images, tmp_path, monkeypatch, at):
     reads = Interrupted(monkeypatch, at)
@@ -246,6 +249,7 @@ def test_shards_hold_every_image_and_the_log_what_changed(source, images, tmp_pa
     assert "3 of 3 shards exist already" in again.out and again.out.splitlines()[-3:] == ended.out.splitlines()[-3:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 5, 8, 18])
 def test_sharding_resumes_after_an_interruption(source, tmp_path, monkeypatch, at):
     straight = options_of(ShardOptions, source, tmp_path / "straight", **SMALL)

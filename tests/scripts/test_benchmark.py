@@ -23,6 +23,7 @@ def measured(tmp_path, what: str, *words: str) -> list[dict]:
     return benchmark(tmp_path, "model.py", *words)["rows"]
 
 
+@pytest.mark.slow
 def test_op_times_both_sides(tmp_path):
     rows = measured(tmp_path, "op", "--rounds", "2", "--eager_only", "true")
     assert [(row["what"], row["who"]) for row in rows] == [
@@ -32,12 +33,14 @@ def test_op_times_both_sides(tmp_path):
     assert {row["time of ours"] for row in rows if row["who"] == "ours"} == {1.0}
 
 
+@pytest.mark.slow
 def test_inference_at_another_resolution(tmp_path):
     rows = measured(tmp_path, "inference", "--rounds", "2", "--eager_only", "true", "--img_size", "64")
     assert [row["who"] for row in rows] == ["ours", "timm eager", "ViT-S (timm)", "products alone"]
     assert rows[0]["GMACs"] == rows[1]["GMACs"] < 6.9 * (64 / 224) ** 2  # 6.8 at 224, attention grows faster
 
 
+@pytest.mark.slow
 def test_profile_separates_the_kinds_of_work(tmp_path):
     rows = measured(tmp_path, "profile", "--rounds", "2", "--img_size", "64")
     both = {row["kind"]: row for row in rows if row["what"] == "forward + backward"}
@@ -49,6 +52,7 @@ def test_profile_separates_the_kinds_of_work(tmp_path):
     assert both["linear layers"]["ours, ms"] == max(both[kind]["ours, ms"] for kind in kinds)
 
 
+@pytest.mark.slow
 def test_whole_steps_beside_timm(tmp_path):
     words = ("--networks", "volo_d1:32:2", "--variants", "2", "--steps", "1", "--rounds", "2", "--device", "cpu")
     rows = benchmark(tmp_path, "step.py", *words)["rows"]
@@ -56,6 +60,7 @@ def test_whole_steps_beside_timm(tmp_path):
     assert all(row["images/s"] > 0 and row["host, ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_memory_counts_the_bytes_kept_for_backward(tmp_path):
     kept = {row["who"]: row["MB per image"] for row in measured(tmp_path, "memory")}
     # Counted by hand from the shapes: 57 MB; ViT-S as published: 59.
@@ -88,6 +93,7 @@ def test_wrong_usage(tmp_path, program, words, told):
     run(FOLDER / program, *words, cwd=tmp_path).assert_failed(USAGE, told.replace("FOLDER", str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_loader_times_every_contender(tmp_path, make_photographs):
     words = ("--img_size", 32, "--batch_size", 2, "--rounds", 1, "--workers", "[0,1]", "--target", 100)
     result = benchmark(tmp_path, "loader.py", "--images", make_photographs(5), *words)

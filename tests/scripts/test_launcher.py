@@ -213,6 +213,7 @@ def test_launcher_forwards_a_signal_and_waits(launcher, signum):
     assert list(launcher.scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_launcher_with_the_real_torchrun(launcher):
     """Two ranks wait for SIGTERM, which reaches them through script and torchrun; rank 0 leaves 75."""
     launcher.python = Path(sys.executable)

@@ -66,6 +66,7 @@ def images(make_image_folder) -> Path:
     return Path(make_image_folder({"a": 20, "b": 20}))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_the_run_can_be_resumed(images, tmp_path):
     run = StuckRun(images, tmp_path)
     with run.waiting_worker() as worker:
@@ -75,6 +76,7 @@ def test_a_killed_worker_is_named_and_the_run_can_be_resumed(images, tmp_path):
     run.assert_resumes()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_under_skip(images, tmp_path):
     run = StuckRun(images, tmp_path, "--on_error", "skip")
     with run.waiting_worker() as worker:
@@ -85,6 +87,7 @@ def test_a_killed_worker_is_replaced_under_skip(images, tmp_path):
     assert TokenLabelStore(tmp_path / "labels").header.entries == 40
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_is_named_and_the_run_can_be_resumed(images, tmp_path):
     run = StuckRun(images, tmp_path, "--timeout_seconds", 1)
     with run.waiting_worker() as worker:

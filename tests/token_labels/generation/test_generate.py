@@ -328,6 +328,7 @@ class Held:
         self.pipe.symlink_to(self.image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, STOPPED)])
 def test_a_run_resumes_after_a_signal_with_the_same_store(signum, code, images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
@@ -349,6 +350,7 @@ def test_a_run_resumes_after_a_signal_with_the_same_store(signum, code, images, 
     assert not (tmp_path / "labels.parts").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_resumes(images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
     given = options(held.root, tmp_path / "labels", "timm:test_resnet", cnn)
@@ -363,6 +365,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_resumes(images, cnn
     assert content(tmp_path / "labels") == uninterrupted
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_store(images, cnn, uninterrupted, tmp_path):
     command = words(options(images, tmp_path / "labels", "timm:test_resnet", cnn, workers=1))
     main, other = programs.start(GENERATE, *command, cwd=tmp_path, ranks=2).finish()
