@@ -209,6 +209,7 @@ def test_counts_are_exact_on_every_rank(groups, records, processes):
             assert evaluation.notes == ({"palette": (size > 4) + (size > 11)} if size > 4 else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_unreadable_images_are_left_out_and_counted(groups, records, broken, processes):
     readable = [i for i in range(13) if i not in (2, 12)]
@@ -223,11 +224,13 @@ def test_unreadable_images_are_left_out_and_counted(groups, records, broken, pro
     assert [len(found["told at once"]) for found in groups[processes]] == (told or [0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_all_ranks_stop_where_one_does(groups, processes):
     assert [found["stopped on the last rank"] for found in groups[processes]] == [None] * processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_real_labels_are_counted_in_the_same_pass(groups, records, processes):
     of_imagenet = replace(records, classes=imagenet_classes())

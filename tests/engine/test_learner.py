@@ -302,6 +302,7 @@ def test_two_processes_with_two_passes_are_one_with_four(pair, batches):
     assert_close(main["two passes"]["weights"], four["weights"], statistics=False)
 
 
+@pytest.mark.slow
 def test_the_ranks_hold_the_same_weights_to_the_bit(pair):
     _, (main, other) = pair
     for name in ("one pass", "two passes", "without token loss"):
@@ -309,6 +310,7 @@ def test_the_ranks_hold_the_same_weights_to_the_bit(pair):
         assert_close(main[name]["ema"], other[name]["ema"], atol=0, statistics=False)
 
 
+@pytest.mark.slow
 def test_gradients_travel_with_the_last_pass_only(pair):
     _, (main, other) = pair
     (before, after), (others_before, others_after) = main["gradients"], other["gradients"]
@@ -316,6 +318,7 @@ def test_gradients_travel_with_the_last_pass_only(pair):
     assert not differ(after, others_after)
 
 
+@pytest.mark.slow
 def test_statistics_are_rank_0s_once_asked_for(pair):
     _, (main, other) = pair
     assert differ(main["two passes"]["weights"], other["two passes"]["weights"])
@@ -323,6 +326,7 @@ def test_statistics_are_rank_0s_once_asked_for(pair):
     assert not differ(main["agreed"], main["two passes"]["weights"])
 
 
+@pytest.mark.slow
 def test_ranks_begin_with_rank_0s_weights_and_average(pair, tiny_config):
     config, (main, other) = pair
     assert not differ(main["begin"][0], other["begin"][0])

@@ -20,7 +20,7 @@ PARAMETERS = {
     ("volo_d5", 448): 295_907_168,
     ("volo_d5", 512): 296_091_488,
 }
-NAMES = ["volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
+NAMES = ["volo_d1", *(pytest.param(f"volo_d{n}", marks=pytest.mark.slow) for n in (2, 3, 4, 5))]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_parameter_counts(name, img_size):
     assert model.grid_size == (img_size // 16, img_size // 16)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_logits_at_224(name, random_state):
     ours, theirs = twins(name, random_state)
