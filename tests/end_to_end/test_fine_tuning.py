@@ -26,7 +26,7 @@ SMALL = {
     "schedule.warmup_epochs": 0,
     "schedule.cooldown_epochs": 0,
     "eval.batch_size": 2,
-    "train.batch_size": 1,  # the picture of a run's first batch takes seconds an image at these resolutions
+    "train.batch_size": 1,
     "train.device": "cpu",
     "train.log_every_steps": 1,
     "train.name": "run",

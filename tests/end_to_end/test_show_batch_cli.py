@@ -70,7 +70,8 @@ def test_every_image_has_its_panels(images, recipe, tmp_path, count):
         picture = Image.open(tmp_path / "batch.png")
         sizes[kind] = picture.size
         assert len(shown(picture)) == count
-    panels = {kind: [round(side / 504) for side in size] for kind, size in sizes.items()}  # 3.6 inches at 140 dpi
+    # A panel is 512 pixels wide and high, and up to 616 with title, names and margins.
+    panels = {kind: [round(side / 560) for side in size] for kind, size in sizes.items()}
     assert panels == {
         "plain": {1: [1, 1], 2: [2, 1], 5: [4, 2]}[count],
         "labelled": {1: [2, 1], 2: [4, 1], 5: [4, 3]}[count],
