@@ -69,7 +69,7 @@ def test_plans_by_hand(total, most, world, cutmix, expected):
 
 
 @pytest.mark.parametrize(
-    ("total", "most", "world", "cutmix", "told"),
+    ("total", "most", "world", "cutmix", "message"),
     [
         (3, 128, 4, 0.0, "less than one image each. Start at most 3 processes or raise train.batch_size to 4"),
         (10, 128, 4, 0.0, "does not divide over 4 processes; the nearest that do: 8 and 12"),
@@ -78,8 +78,8 @@ def test_plans_by_hand(total, most, world, cutmix, expected):
         (8, 1, 1, 1.0, "train.device_batch_size is 1, but MixUp and CutMix pair"),
     ],
 )
-def test_batches_that_cannot_be(total, most, world, cutmix, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_batches_that_cannot_be(total, most, world, cutmix, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         plan(total, most, world, cutmix)
 
 
@@ -100,7 +100,7 @@ def test_what_a_resumed_run_may_change(caplog):
 
 
 @pytest.mark.parametrize(
-    ("section", "changes", "told"),
+    ("section", "changes", "message"),
     [
         ("model", {"num_classes": 10}, "model.num_classes was 1000 and is now 10"),
         ("model", {"layers": [1, 1]}, "model.layers was None and is now [1, 1]"),
@@ -110,10 +110,10 @@ def test_what_a_resumed_run_may_change(caplog):
         ("ema", {"enabled": True}, "ema.enabled was False and is now True"),
     ],
 )
-def test_what_it_may_not_change(section, changes, told):
+def test_what_it_may_not_change(section, changes, message):
     config = Config()
     changed = replace(config, **{section: replace(getattr(config, section), **changes)})
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_same_run(config_to_dict(config), changed)
 
 
@@ -124,7 +124,7 @@ def splits(images: int, classes: tuple[str, ...] = ("cat", "dog")) -> Splits:
     )
 
 
-def test_the_images_a_run_goes_on_with(caplog):
+def test_the_images_a_run_resumes_with(caplog):
     state = {"classes": ["cat", "dog"], "train_images": 80}
     check_same_images(state, splits(80), batch_size=32)
     assert not caplog.records
@@ -132,10 +132,10 @@ def test_the_images_a_run_goes_on_with(caplog):
         check_same_images(state, splits(95), batch_size=32)  # two steps an epoch, as before
     assert "on 80 training images; now there are 95" in caplog.records[0].getMessage()
     caplog.clear()
-    for digest, told in ((splits(80).train.labels_digest(), 0), ("of other labels", 1)):
+    for digest, warnings in ((splits(80).train.labels_digest(), 0), ("of other labels", 1)):
         with caplog.at_level(logging.WARNING, "volo"):
             check_same_images(state | {"train_labels": digest}, splits(80), batch_size=32)
-        assert ["have other labels than before" in r.getMessage() for r in caplog.records] == [True] * told
+        assert ["have other labels than before" in r.getMessage() for r in caplog.records] == [True] * warnings
     for images in (63, 96):
         with pytest.raises(ValueError, match=f"now there are {images}.*another number of steps"):
             check_same_images(state, splits(images), batch_size=32)

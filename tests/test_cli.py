@@ -132,7 +132,7 @@ def test_shortened_names_are_refused(error_of, words):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("optim:\n  lrr: 1\n", "Did you mean optim.lr?"),
         ("train:\n  batchsize: 8\n", "Did you mean train.batch_size?"),
@@ -153,8 +153,8 @@ def test_shortened_names_are_refused(error_of, words):
         ("data:\n  on_error: ignore\n", "data.on_error is ignore; it takes fail or skip"),
     ],
 )
-def test_mistakes_in_a_recipe(error_of, recipe, text, told):
-    assert told in error_of("--config", recipe(text))
+def test_mistakes_in_a_recipe(error_of, recipe, text, message):
+    assert message in error_of("--config", recipe(text))
 
 
 def test_a_recipe_that_is_not_there(error_of, tmp_path):
@@ -162,7 +162,7 @@ def test_a_recipe_that_is_not_there(error_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--train.batch_size", "1.5"], "train.batch_size is 1.5; it takes int"),
         (["--train.batch_size", "0"], "train.batch_size is 0"),
@@ -188,8 +188,8 @@ def test_a_recipe_that_is_not_there(error_of, tmp_path):
         (["--model.return_mean", "true", "--loss.dense_weight", "0"], "mix.mix_token"),
     ],
 )
-def test_mistakes_on_the_line(error_of, words, told):
-    assert told in error_of(*words)
+def test_mistakes_on_the_line(error_of, words, message):
+    assert message in error_of(*words)
 
 
 def test_options_that_agree_pass():
@@ -311,7 +311,7 @@ def test_configs_of_earlier_versions_open_with_the_names_of_today(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("augment.order", "reference", "augment.order reference is now called published"),
         ("token_label.geometry", "reference", "token_label.geometry reference is now called published"),
@@ -320,7 +320,7 @@ def test_configs_of_earlier_versions_open_with_the_names_of_today(tmp_path):
         ("data.relist", "true", "data.cache"),
     ],
 )
-def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, told, tmp_path, capsys):
+def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, message, tmp_path, capsys):
     section, field = option.split(".")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{section}:\n  {field}: {value}\n", encoding="utf-8")
@@ -328,4 +328,4 @@ def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, t
         with pytest.raises(SystemExit) as ended:
             config_of(*words)
         assert ended.value.code == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err

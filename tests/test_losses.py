@@ -182,7 +182,7 @@ def test_the_device_is_never_waited_for(slots):
 
 
 @pytest.mark.parametrize(
-    ("cls", "tokens", "target", "options", "box", "told"),
+    ("cls", "tokens", "target", "options", "box", "message"),
     [
         ((2, 3), (2, 4, 3), (2, 5), {}, False, r"targets of \(2, 5\) do not fit class logits \(2, 3\)"),
         ((2, 3), (2, 4, 3), (3, 3), {}, False, r"targets of \(3, 3\) do not fit"),
@@ -194,9 +194,9 @@ def test_the_device_is_never_waited_for(slots):
         ((2, 3), None, (2, 3), {"dense_weight": 0}, True, "MixToken box was given"),
     ],
 )
-def test_shapes_that_do_not_fit(cls, tokens, target, options, box, told):
+def test_shapes_that_do_not_fit(cls, tokens, target, options, box, message):
     output = torch.zeros(cls), tokens and torch.zeros(tokens)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         TokenLabelLoss(**options)(output, torch.zeros(target), torch.tensor([0, 0, 1, 1]) if box else None)
 
 

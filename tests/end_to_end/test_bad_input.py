@@ -1,7 +1,7 @@
 """Input that cannot be used ends with a clear reason on the last line, and nothing is lost or made.
 
 Exit codes: 2 where the command or the folders are wrong, found before any work; 1 where a file, the disk or the
-network is. Checkpoints that are damaged, malicious or of another model stand in test_validate_cli.py, damaged
+network is. Checkpoints that are damaged, malicious or of another model are in test_validate_cli.py, damaged
 checkpoints of a run and full disks in test_resume.py.
 """
 
@@ -155,9 +155,9 @@ def test_unusual_images_are_read_in_training_and_evaluation(recipe, images, tmp_
     assert "24 to train on, 12 to evaluate on" in trained.out
     assert "(12 images)" in trained.out, "every one was evaluated"
     words = ("--config", recipe, "--checkpoint", "runs/run/best.pt", "--output", tmp_path)
-    told = programs.run(VALIDATE, *words, cwd=tmp_path).assert_done()
+    evaluated = programs.run(VALIDATE, *words, cwd=tmp_path).assert_done()
     for note in filter(None, notes.values()):
-        assert f"1 images: {note}" in told.out
+        assert f"1 images: {note}" in evaluated.out
     turned = programs.run(VALIDATE, *words, "--data.exif", "apply", cwd=tmp_path).assert_done()
     assert "1 images: exif_rotated" in turned.out
 
@@ -216,7 +216,7 @@ def test_replaced_images_are_counted_from_the_beginning_of_a_run_that_was_stoppe
     assert f"replaced unreadable training images {named} times" in last.out
 
 
-def test_unreadable_validation_image_stops_a_run_that_goes_on_when_it_is_mended(recipe, images, good_images, tmp_path):
+def test_unreadable_validation_image_stops_a_run_that_resumes_when_repaired(recipe, images, good_images, tmp_path):
     broken = images / "val/disc/disc_01.jpg"
     broken.write_bytes(b"")
     first, second = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=2).finish()

@@ -135,7 +135,7 @@ def assert_identical(one, other, where: str) -> None:
 
 
 def test_the_same_run_again_is_the_same(recipe, straight, tmp_path):
-    """Else all comparisons below would be of luck; and it shows what they compare."""
+    """Otherwise the comparisons below would prove nothing; shows what they compare."""
     resume(tmp_path, recipe, OMP_NUM_THREADS="1")
     assert_same_run(tmp_path / "runs/run", straight)
     state = load(straight)
@@ -264,7 +264,7 @@ def test_last_checkpoint_that_alone_is_damaged_costs_nothing(recipe, stopped, st
     assert_same_run(run, straight)
 
 
-def test_nothing_is_begun_anew_where_every_checkpoint_is_damaged(recipe, stopped, tmp_path):
+def test_no_run_starts_over_if_every_checkpoint_is_damaged(recipe, stopped, tmp_path):
     run = copy_of(stopped, tmp_path)
     for path in run.glob("step-*.pt"):
         truncate(path)

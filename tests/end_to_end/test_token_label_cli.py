@@ -223,7 +223,7 @@ def test_a_label_that_changed_in_its_store_is_named_when_it_is_read(images, tmp_
 
 
 def test_fine_tuning_on_other_classes_with_and_without_labels(images, store, tmp_path):
-    """A 32 px run is fine-tuned at 48 px: evaluated first, position embedding resized, heads made anew."""
+    """A 32 px run is fine-tuned at 48 px: evaluated first, position embedding resized, new heads."""
     recipe = write_recipe(tmp_path / "recipe.yaml", images, schedule={"epochs": 1, "warmup_epochs": 0})
     run(TRAIN, "--config", recipe, "--train.name", "first", cwd=tmp_path).assert_done()
     fine = {

@@ -427,7 +427,7 @@ def test_unreadable_image_is_named_or_skipped_and_counted(images, trained, tmp_p
         ended = programs.start(VALIDATE, *words, cwd=tmp_path, ranks=ranks).finish()[0].assert_done()
         (row,) = results(tmp_path)
         assert (row["images"], row["skipped"]) == (VAL - 1, 1)
-        (told,) = row["skipped_files"]
-        assert told.startswith(f"cannot read {broken}: ")
+        (message,) = row["skipped_files"]
+        assert message.startswith(f"cannot read {broken}: ")
         assert "skipped 1 unreadable image" in ended.out
-        assert told in ended.out
+        assert message in ended.out

@@ -164,8 +164,8 @@ def test_oddities_are_counted(records):
 
 def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageRecords) -> dict:
     """Everything that is counted together, in one group."""
-    told, handler = [], logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("volo").addHandler(handler)
     try:
         failure = evaluate_images(broken, rank=rank, size=size)
@@ -177,7 +177,7 @@ def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageReco
         "sizes": [evaluate_images(first(records, n), rank=rank, size=size) for n in SIZES],
         "skipping": evaluate_images(broken, rank=rank, size=size, on_error="skip"),
         "failing": failure,
-        "told at once": [line for line in told if "finish their share" in line],
+        "logged at once": [line for line in logged if "finish their share" in line],
         "stopped on the last rank": evaluate_images(
             records, rank=rank, size=size, should_stop=lambda: rank == size - 1
         ),
@@ -220,8 +220,8 @@ def test_unreadable_images_are_left_out_and_counted(groups, records, broken, pro
         assert sorted(line.split(":")[0][-14:-4] for line in skipped) == ["l_00000003", "l_00000013"]
         assert "00000003.png" in found["failing"] or "00000013.png" in found["failing"]
     # Image 2 is of the last of 3 ranks or the first of 2, image 12 of the first; a rank ends at its first one.
-    told = {1: [], 2: [1, 0], 3: [1, 0, 1]}[processes]
-    assert [len(found["told at once"]) for found in groups[processes]] == (told or [0])
+    images_read = {1: [], 2: [1, 0], 3: [1, 0, 1]}[processes]
+    assert [len(found["logged at once"]) for found in groups[processes]] == (images_read or [0])
 
 
 @pytest.mark.slow

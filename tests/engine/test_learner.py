@@ -333,7 +333,7 @@ def test_ranks_begin_with_rank_0s_weights_and_average(pair, tiny_config):
     assert not differ(main["begin"][1], other["begin"][1])
     assert not differ(main["begin"][0], main["begin"][1])
     alone = make_learner(replace(config, train=replace(config.train, seed=101)))
-    assert differ(alone.model.state_dict(), other["begin"][0]), "rank 1 would have begun with others"
+    assert differ(alone.model.state_dict(), other["begin"][0]), "rank 1 would have started with others"
 
 
 def test_sync_bn_is_refused_where_pytorch_has_none(tiny_config):

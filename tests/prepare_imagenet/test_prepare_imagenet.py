@@ -85,9 +85,9 @@ def test_verify_accepts_archives_with_the_published_checksums(source, monkeypatc
     (source / names["devkit"]).unlink()
     with caplog.at_level("INFO", "volo"):
         assert verify.run_verify(str(source)) == DONE
-    told = [record.getMessage() for record in caplog.records]
-    assert [line for line in told if line.startswith("as published")] == told[:2]
-    assert "missing: ILSVRC2012_devkit_t12.tar.gz" in told[2]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [line for line in messages if line.startswith("as published")] == messages[:2]
+    assert "missing: ILSVRC2012_devkit_t12.tar.gz" in messages[2]
 
     with open(source / names["val"], "ab") as file:
         file.write(b"\0")
@@ -122,7 +122,7 @@ def test_counts_are_checked(source):
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "told"),
+    ("command", "words", "message"),
     [
         ("index", ("--split", "test"), "--split is test"),
         ("index", ("--devkit", "nothing.tar.gz"), "--devkit is 'nothing.tar.gz'"),
@@ -135,9 +135,9 @@ def test_counts_are_checked(source):
         ("fetch", (), "unpack"),
     ],
 )
-def test_wrong_usage(source, command, words, told):
+def test_wrong_usage(source, command, words, message):
     before = sorted(source.parent.iterdir())
-    prepare(command, source, *words).assert_failed(USAGE, told)
+    prepare(command, source, *words).assert_failed(USAGE, message)
     assert sorted(source.parent.iterdir()) == before
 
 
@@ -235,8 +235,8 @@ def test_shards_hold_every_image_and_the_log_what_changed(source, images, tmp_pa
             was.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(expected, "JPEG", quality=80)
             assert sample["jpg"] == expected.getvalue()
         before = sum(map(len, files.values()))
-        told = f"{split}: {len(files)} images, {resized} ({100 * resized / len(files):.1f} %) resized; {before:,}"
-        assert f"{told} bytes before, {after:,} after ({100 * after / before:.1f} %)" in ended.out
+        message = f"{split}: {len(files)} images, {resized} ({100 * resized / len(files):.1f} %) resized; {before:,}"
+        assert f"{message} bytes before, {after:,} after ({100 * after / before:.1f} %)" in ended.out
     assert "1 unreadable" in ended.out and "n01440764_9.JPEG" in ended.out
     assert " of 255 (" in ended.out
     data = DataConfig(str(tmp_path / "out"), cache="none")

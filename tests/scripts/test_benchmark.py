@@ -79,7 +79,7 @@ def test_batches_that_fit_follow_from_the_bytes():
 
 
 @pytest.mark.parametrize(
-    ("program", "words", "told"),
+    ("program", "words", "message"),
     [
         ("model.py", ["--measure", "train", "--model", "volo_nano"], "volo_d1 or volo_d2"),
         ("model.py", ["--measure", "train", "--rounds", "1"], "--rounds is 1"),
@@ -88,9 +88,9 @@ def test_batches_that_fit_follow_from_the_bytes():
         ("loader.py", ["--images", "FOLDER"], "--images is FOLDER"),
     ],
 )
-def test_wrong_usage(tmp_path, program, words, told):
+def test_wrong_usage(tmp_path, program, words, message):
     words = [word.replace("FOLDER", str(tmp_path)) for word in words]
-    run(FOLDER / program, *words, cwd=tmp_path).assert_failed(USAGE, told.replace("FOLDER", str(tmp_path)))
+    run(FOLDER / program, *words, cwd=tmp_path).assert_failed(USAGE, message.replace("FOLDER", str(tmp_path)))
 
 
 @pytest.mark.slow

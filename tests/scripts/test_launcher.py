@@ -109,7 +109,7 @@ def test_launcher_passes_the_rendezvous_on(launcher, env, place):
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "told"),
+    ("words", "env", "message"),
     [
         ([], {}, "give N"),
         (["0"], {}, "'0'"),
@@ -125,12 +125,12 @@ def test_launcher_passes_the_rendezvous_on(launcher, env, place):
         (["2"], {"RDZV_ENDPOINT": "a:1"}, "NNODES"),
     ],
 )
-def test_launcher_refuses_wrong_usage_before_any_work(launcher, words, env, told):
+def test_launcher_refuses_wrong_usage_before_any_work(launcher, words, env, message):
     done = launcher(*words, **env)
     assert done.returncode == 2
     usage, error = done.stderr.splitlines()
     assert usage.startswith("usage: distributed_train.sh N ")
-    assert told in error
+    assert message in error
     assert not launcher.record.exists()
 
 
@@ -143,9 +143,9 @@ def test_launcher_reports_a_port_in_use(launcher):
         place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         done = launcher(1, **place)
     assert done.returncode == 1
-    [told] = done.stderr.splitlines()
-    assert f"port {port} cannot be used on this machine" in told
-    assert "MASTER_PORT" in told
+    [message] = done.stderr.splitlines()
+    assert f"port {port} cannot be used on this machine" in message
+    assert "MASTER_PORT" in message
 
 
 def test_launcher_shares_the_cores_among_the_processes(launcher):

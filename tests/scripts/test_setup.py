@@ -111,17 +111,17 @@ def test_set_up_uses_the_python_in_PYTHON(set_up):
 
 
 @pytest.mark.parametrize(
-    ("working", "env", "told"),
+    ("working", "env", "message"),
     [
         ("", {}, "no Python 3.11-3.13"),
         ("python3", {"PYTHON": "python3.10"}, "PYTHON is 'python3.10'; Python 3.11, 3.12 or 3.13"),
         ("python3", {"PYTHON": "/no/such/python"}, "PYTHON is '/no/such/python'"),
     ],
 )
-def test_set_up_without_a_supported_python_is_an_error(set_up, working, env, told):
+def test_set_up_without_a_supported_python_is_an_error(set_up, working, env, message):
     done = set_up(working=working, **env)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"setup.sh: error: {told}")
+    assert done.stderr.startswith(f"setup.sh: error: {message}")
     assert set_up.done() == []
     assert not (set_up.root / ".venv").exists()
 

@@ -209,12 +209,12 @@ def test_a_full_disk_is_a_plain_failure(source, monkeypatch):
 
 
 def test_command_line_mistakes(tmp_path):
-    for words, told in (
+    for words, message in (
         ([], "source, output"),
         (["--source", "x", "--output", "y", "--covers", "crop"], "crop"),
         (["--source", "x", "--output", "y", "--over", "true"], "--over"),
     ):
-        programs.run(SCRIPT, *words, cwd=tmp_path).assert_failed(USAGE, told)
+        programs.run(SCRIPT, *words, cwd=tmp_path).assert_failed(USAGE, message)
 
 
 def test_exit_codes(source, tmp_path):

@@ -483,10 +483,10 @@ def test_scores_that_are_not_finite_are_named(images, tmp_path):
 
 
 def test_wrong_options_end_with_code_2_and_the_reason(images, cnn, tmp_path):
-    def refused(*told: str, **change) -> None:
+    def refused(*messages: str, **change) -> None:
         given = vars(options(images, tmp_path / "labels", "timm:test_resnet", cnn)) | change
         command = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
-        programs.run(GENERATE, *command, cwd=tmp_path).assert_failed(USAGE, *told)
+        programs.run(GENERATE, *command, cwd=tmp_path).assert_failed(USAGE, *messages)
         assert not (tmp_path / "labels.parts").exists()
 
     refused("covers", "hole_image", covers="hole_image")
@@ -525,10 +525,10 @@ def test_pretrained_weights_that_cannot_be_downloaded_are_not_wrong_usage(images
         run_generation(options(images, tmp_path / "labels", "timm:test_resnet", None))
 
 
-@pytest.mark.parametrize(("change", "told"), REFUSED.values(), ids=REFUSED)
-def test_invalid_options_are_refused_before_any_work(change, told, images, cnn, tmp_path):
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_invalid_options_are_refused_before_any_work(change, message, images, cnn, tmp_path):
     given = vars(options(images, tmp_path / "labels", "timm:test_resnet", cnn)) | change
-    with pytest.raises(UsageError, match=re.escape(told)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         run_generation(GenerateOptions(**given))
     assert list(tmp_path.iterdir()) == []
 

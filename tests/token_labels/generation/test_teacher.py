@@ -166,12 +166,13 @@ def test_timms_volo_gives_the_same_cells_as_ours():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("coat_tiny", "no single feature map"), ("pit_ti_224", "no grid"), ("test_resnet", "one cell")]
+    ("name", "message"),
+    [("coat_tiny", "no single feature map"), ("pit_ti_224", "no grid"), ("test_resnet", "one cell")],
 )
-def test_a_teacher_without_a_map_is_refused(name, told):
+def test_a_teacher_without_a_map_is_refused(name, message):
     size = (32, 32) if name == "test_resnet" else None
     teacher = make_teacher(f"timm:{name}", CLASSES, random_weights=True, image_hw=size)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         teacher.check(torch.device("cpu"))
 
 
