@@ -1,9 +1,8 @@
 """Running train.py, validate.py and the launcher as a user runs them, and what they run on.
 
-A program starts with seconds of imports, and the tests start some eighty. So most of them run in a child forked
-from one process that has the imports behind it: a process of its own in every other respect, with its own words,
-environment, folder, output and exit code. Where a test follows or signals a run, or goes through torchrun, the
-program is started from nothing.
+A program spends seconds on imports, and the tests start some eighty. Most of them therefore run in a child forked
+from one process that has already imported everything: in every other respect a process of its own, with its own
+arguments, environment, folder, output and exit code. Tests that go through torchrun start a new interpreter.
 """
 
 import atexit
@@ -31,8 +30,17 @@ TRAIN, VALIDATE, LAUNCHER = ROOT / "train.py", ROOT / "validate.py", ROOT / "dis
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 
 CLASSES = ("cross", "disc", "stripes")
-# What torchrun and the launcher read, and what decides the number of threads.
-_STEERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "RDZV_ENDPOINT", "PYTHON")
+# What torchrun and the launcher read from the environment.
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NNODES",
+    "RDZV_ENDPOINT",
+    "PYTHON",
+)
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -55,7 +63,7 @@ def picture(kind: str, seed: int, size: tuple[int, int] = (26, 22)) -> Image.Ima
 
 
 def make_images(root: Path, train: int = 12, val: int = 4) -> Path:
-    """Write ``train`` and ``val`` pictures a class, in the layout of ImageNet; return ``root``."""
+    """Write ``train`` and ``val`` pictures per class, in the layout of ImageNet; return ``root``."""
     for split, count in (("train", train), ("val", val)):
         for index, kind in enumerate(CLASSES):
             folder = root / split / kind
@@ -88,7 +96,7 @@ SMALL = {
 
 
 def write_recipe(path: Path, images: Path, **sections: dict) -> Path:
-    """Write SMALL on ``images``, with ``sections`` over it, as YAML; runs go beside the file, into "runs"."""
+    """Write SMALL on ``images``, with ``sections`` over it, as YAML; runs are written to "runs" beside the file."""
     recipe = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {**SMALL, **sections}}
     recipe["data"] = {"root": str(images), **recipe["data"]}
     recipe["train"] = {"output": str(path.parent / "runs"), **recipe["train"]}
@@ -101,7 +109,7 @@ def write_recipe(path: Path, images: Path, **sections: dict) -> Path:
 
 @dataclass
 class Finished:
-    """How a program ended: exit code, and what it wrote."""
+    """Exit code and output of a program."""
 
     code: int
     out: str
@@ -117,7 +125,7 @@ class Finished:
         return self
 
     def assert_failed(self, code: int, *words: str) -> "Finished":
-        """It ended with ``code``, and one short last line gives the reason, with all of ``words`` in it."""
+        """Check the exit code, and that one short last line gives the reason and contains all ``words``."""
         shown = f"exit code {self.code}\n{self.out}\n{self.err}"
         assert self.code == code, shown
         assert "Traceback" not in self.out + self.err, shown
@@ -129,25 +137,25 @@ class Finished:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a program: one thread, nothing that the tests themselves were started with."""
-    kept = {name: value for name, value in os.environ.items() if name not in _STEERING}
+    """The environment of a program: one thread, and no launcher variables of the tests' own process."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **changes}
 
 
 def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | None = None, **env: str) -> "Started":
-    """Start a program of ours.
+    """Start train.py or validate.py in forked processes.
 
     Args:
         program: TRAIN or VALIDATE.
         words: The command line.
-        cwd: The folder it starts in; made where it is not there.
-        ranks: Processes; more than one get the environment that torchrun would give them.
-        largest_file: Bytes after which a write fails, as on a full disk.
+        cwd: The folder it starts in; created if missing.
+        ranks: Number of processes; more than one get the environment that torchrun would give them.
+        largest_file: Size in bytes beyond which a write fails, as on a full disk.
         env: Changes to :func:`environment`.
     """
     cwd.mkdir(exist_ok=True)
     scratch = tempfile.mkdtemp(prefix="volo")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     job = {
         "program": str(program),
         "words": [str(word) for word in words],
@@ -157,19 +165,19 @@ def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | 
         "ranks": [],
     }
     for rank in range(ranks):
-        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        torchrun = {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         files = {name: f"{scratch}/{name}{rank}" for name in ("out", "err")}
-        job["ranks"].append({**files, "env": environment(**place, **numbers, **env)})
+        job["ranks"].append({**files, "env": environment(**torchrun, **env)})
     return Started(job, _forker())
 
 
 def run(program: Path, *words, **options) -> "Finished":
-    """Run a program of ours on one process to its end; options as in :func:`start`."""
+    """Run a program in one process and wait for it; options as in :func:`start`."""
     return start(program, *words, **options).finish()[0]
 
 
 def launch(*words, cwd: Path, **env: str) -> subprocess.Popen:
-    """Start ``words`` from nothing, in a process group of its own, stdout and stderr in pipes."""
+    """Start ``words`` in a new interpreter and its own process group, stdout and stderr in pipes."""
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=cwd,
@@ -182,7 +190,7 @@ def launch(*words, cwd: Path, **env: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, seen: str = "") -> Finished:
-    """Wait for what :func:`launch` started; ``seen`` is what was read of its stdout already."""
+    """Wait for a process from :func:`launch`; ``seen`` is what was already read of its stdout."""
     try:
         out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -193,7 +201,7 @@ def finish(process: subprocess.Popen, seen: str = "") -> Finished:
 
 
 def torchrun(num_processes: int, program: Path, *words) -> list[str]:
-    """The command line of ``program`` on some processes of this machine."""
+    """The command line of ``program`` on ``num_processes`` processes of this machine."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"),
         *(str(program), *map(str, words)),
@@ -216,13 +224,13 @@ class Started:
         self._forker = forker
         self._files = [(rank["out"], rank["err"]) for rank in job["ranks"]]
         self._scratch = job["scratch"]
-        os.mkfifo(self._files[0][0])  # so that it can be followed without asking over and over
+        os.mkfifo(self._files[0][0])  # so that it can be followed without polling
         self.pids: list[int] = forker.ask(job)
         self._out = open(self._files[0][0], encoding="utf-8", errors="replace")  # noqa: SIM115
         self.seen = ""
 
     def follow(self, words: str) -> str:
-        """Read what rank 0 prints up to a line that holds ``words``; return that line."""
+        """Read the output of rank 0 up to a line that contains ``words``; return that line."""
         for line in self._out:
             self.seen += line
             if words in line:
@@ -231,7 +239,7 @@ class Started:
         raise AssertionError(f"no line with {words!r}; exit code {ended.code}:\n{ended.out}\n{ended.err}")
 
     def finish(self) -> list[Finished]:
-        """Wait for the end of every rank."""
+        """Wait for every rank to end."""
         self.seen += self._out.read()
         self._out.close()
         codes = self._forker.answer()
@@ -246,7 +254,7 @@ def _text(path: str) -> str:
 
 
 class _Forker:
-    """A process that has imported what the programs need, and forks the processes of one job at a time."""
+    """A process that has imported what the programs need and forks the processes of one job at a time."""
 
     def __init__(self):
         self._process = subprocess.Popen(
@@ -260,7 +268,7 @@ class _Forker:
         atexit.register(self._process.communicate)  # closes its stdin, which ends it
 
     def ask(self, job: dict) -> list[int]:
-        """Have ``job`` started; return the process ids."""
+        """Start ``job``; return the process ids."""
         print(json.dumps(job), file=self._process.stdin, flush=True)
         return self.answer()
 
@@ -280,7 +288,7 @@ def _serve() -> None:
     import volo.training
     import volo.validation  # noqa: F401
 
-    gc.freeze()  # else each child would look through, and so copy, all that was imported
+    gc.freeze()  # otherwise the collector of every child would touch, and so copy, everything imported
     for line in sys.stdin:
         job = json.loads(line)
         pids = []
@@ -295,7 +303,7 @@ def _serve() -> None:
 
 
 def _become(job: dict, rank: dict) -> None:
-    """Be the program in this forked child."""
+    """Turn this forked child into the program."""
     for descriptor, name in ((0, os.devnull), (1, rank["out"]), (2, rank["err"])):
         file = os.open(name, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)

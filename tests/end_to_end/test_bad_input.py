@@ -1,7 +1,7 @@
-"""Input that cannot be used ends with a clear reason on the last line, and nothing is lost or made.
+"""Unusable input ends with a clear reason on the last line; nothing is lost and nothing written.
 
-Exit codes: 2 where the command or the folders are wrong, found before any work; 1 where a file, the disk or the
-network is. Checkpoints that are damaged, malicious or of another model are in test_validate_cli.py, damaged
+Exit codes: 2 if the command or the folders are wrong, found before any work; 1 if a file, the disk or the network
+fails. Checkpoints that are damaged, malicious or of another model are in test_validate_cli.py, damaged
 checkpoints of a run and full disks in test_resume.py.
 """
 
@@ -29,7 +29,7 @@ def good_images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def images(good_images, tmp_path) -> Path:
-    """A copy to spoil: 18 images to train on, 6 to evaluate on."""
+    """A copy to damage: 18 training images, 6 validation images."""
     return Path(shutil.copytree(good_images, tmp_path / "images"))
 
 
@@ -43,7 +43,7 @@ def recipe(images, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(good_images, tmp_path_factory):
-    """A folder with a finished run, and its recipe; not to be changed."""
+    """A folder with a finished run, and its recipe; read only."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = programs.write_recipe(
         folder / "recipe.yaml", good_images, schedule={"epochs": 1}, train={"batch_size": 6, "output": "runs"}
@@ -53,7 +53,7 @@ def finished(good_images, tmp_path_factory):
 
 
 def state_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of change of every file under ``folder``."""
+    """Content and modification time of every file under ``folder``."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
@@ -127,7 +127,7 @@ def test_data_folder_of_an_evaluation(finished, tmp_path):
 
 
 def write_unusual(folder: Path, shown: Image.Image) -> dict[str, str]:
-    """Write files that are images, of every unusual kind, into ``folder``; return name and note of each."""
+    """Write image files of every unusual kind into ``folder``; return name and description of each."""
     wide = shown.resize((40, 20))
     shown.convert("CMYK").save(folder / "cmyk.jpg")
     sixteen = np.asarray(shown.convert("L")).astype(np.uint16) * 257
@@ -183,7 +183,7 @@ def test_unreadable_training_image_is_named(recipe, images, tmp_path, kind):
     assert state_of(images) == before
 
 
-def test_unreadable_training_images_are_replaced_and_reported_where_asked_for(recipe, images, tmp_path):
+def test_unreadable_training_images_are_replaced_and_reported_if_asked_for(recipe, images, tmp_path):
     broken = [images / f"train/{kind}/{kind}_02.jpg" for kind in CLASSES]
     for path, (spoil, _) in zip(broken, UNREADABLE.values(), strict=True):
         spoil(path)
@@ -202,7 +202,7 @@ def test_unreadable_training_images_are_replaced_and_reported_where_asked_for(re
     assert outs[2] == "", "rank 0 reports for all"
 
 
-def test_replaced_images_are_counted_from_the_beginning_of_a_run_that_was_stopped(recipe, images, tmp_path):
+def test_the_count_of_replaced_images_survives_resuming(recipe, images, tmp_path):
     (images / "train/disc/disc_03.jpg").write_bytes(b"")
     words = ("--config", recipe, "--data.on_error", "skip", "--schedule.epochs", 6, "--train.log_every_steps", 2)
     run = programs.start(TRAIN, *words, cwd=tmp_path)
@@ -236,7 +236,7 @@ def test_unreadable_validation_image_stops_a_run_that_resumes_when_repaired(reci
     assert done["progress"]["best_top1"] >= 0
 
 
-def test_unreadable_validation_image_is_counted_where_asked_for(recipe, images, tmp_path):
+def test_unreadable_validation_image_is_counted_if_asked_for(recipe, images, tmp_path):
     broken = images / "val/disc/disc_01.jpg"
     broken.write_bytes(b"")
     ended = programs.run(TRAIN, "--config", recipe, "--data.on_error", "skip", cwd=tmp_path).assert_done()
@@ -257,7 +257,7 @@ def test_unreadable_image_of_one_process_ends_all_without_a_traceback(recipe, im
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def test_more_processes_than_images_a_batch(recipe, tmp_path):
+def test_more_processes_than_images_per_batch(recipe, tmp_path):
     words = ("--config", recipe, "--train.batch_size", 1)
     for ended in programs.start(TRAIN, *words, cwd=tmp_path, ranks=2).finish():
         ended.assert_failed(USAGE, "train.batch_size is 1, over 2 processes", "Start at most 1 processes")
@@ -288,7 +288,7 @@ def test_port_in_use(recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_device_that_is_not_there(recipe, tmp_path):
+def test_missing_device(recipe, tmp_path):
     ended = programs.run(TRAIN, "--config", recipe, "--train.device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     ended.assert_failed(USAGE, "train.device is 'cuda'", "no CUDA device")
 
@@ -296,7 +296,7 @@ def test_device_that_is_not_there(recipe, tmp_path):
 # ----------------------------------------------------------------------------------------------- run folders
 
 
-def test_finished_run_is_left_as_it_is(finished):
+def test_finished_run_is_left_unchanged(finished):
     folder, recipe = finished
     before = state_of(folder / "runs")
     ended = programs.run(TRAIN, "--config", recipe, cwd=folder)
@@ -313,14 +313,14 @@ def test_finished_run_is_left_as_it_is(finished):
         (("--schedule.epochs", "2", "--train.resume", "runs/none.pt"), "runs/none.pt does not exist"),
     ],
 )
-def test_run_that_another_command_does_not_fit(finished, words, message):
+def test_run_of_other_options_is_not_resumed(finished, words, message):
     folder, recipe = finished
     before = state_of(folder / "runs")
     programs.run(TRAIN, "--config", recipe, *words, cwd=folder).assert_failed(USAGE, message)
     assert state_of(folder / "runs") == before
 
 
-def test_run_on_other_classes_is_not_gone_on_with(finished, images):
+def test_run_on_other_classes_is_not_resumed(finished, images):
     folder, recipe = finished
     before = state_of(folder / "runs")
     for split in ("train", "val"):
@@ -333,7 +333,7 @@ def test_run_on_other_classes_is_not_gone_on_with(finished, images):
     assert after == before
 
 
-def test_place_of_the_run_folder_is_a_file(recipe, tmp_path):
+def test_a_file_has_the_name_of_the_run_folder(recipe, tmp_path):
     (tmp_path / "runs").write_text("mine")
     ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path)
     ended.assert_failed(USAGE, "run folder runs/run cannot be written to", "train.output")

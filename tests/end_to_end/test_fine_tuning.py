@@ -1,6 +1,6 @@
 """The fine-tuning recipes from a 224 px checkpoint to 384, 448 and 512 px, through train.py, with token labels.
 
-The recipes are taken as they stand, resolution included; only the network is small, and the run short.
+The recipes are unchanged, resolution included, but for a small network and a short run.
 """
 
 import csv
@@ -41,7 +41,7 @@ def words(recipe: str, images, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two images of two synsets, with label files as published: float16 [2, 5, 18, 18]."""
+    """One image per synset and split, with label files as published: float16 [2, 5, 18, 18]."""
     root = tmp_path_factory.mktemp("imagenet")
     rng = torch.Generator().manual_seed(0)
     for synset, kind in zip(SYNSETS, ("cross", "disc"), strict=True):
@@ -76,7 +76,7 @@ def test_a_recipe_goes_from_224_to_a_larger_grid(recipe, side, images, start, tm
     assert f"read as published for a grid of {side}x{side} tokens" in ended.out
     assert ended.out.index("epoch 0: raw weights top-1") < ended.out.index("epoch 1/1  step 1/2")
 
-    # What was evaluated before the first step are the weights that were given.
+    # The evaluation before the first step is of the given weights.
     given = torch.load(start)["state_dict"]
     best = torch.load(folder / "best.pt")
     assert best["progress"]["global_step"] == 0
@@ -91,13 +91,13 @@ def test_a_recipe_goes_from_224_to_a_larger_grid(recipe, side, images, start, tm
     trained = [row for row in rows if row["train/lr"]]
     assert [float(row["train/lr"]) for row in trained] == [8e-6, 8e-6]
     assert all(np.isfinite(float(row[f"train/{name}"])) for row in trained for name in ("loss_cls", "loss_dense"))
-    # A step of Adam moves a weight by about the learning rate, no more.
+    # A step of Adam moves a weight by about the learning rate at most.
     moved = max((last["state_dict"][name] - given[name]).abs().max() for name in ("head.weight", "aux_head.weight"))
     assert 1e-6 < moved < 3e-5
     assert yaml.safe_load((folder / "config.yaml").read_text())["token_label"]["ground_truth"] == "published"
 
 
-def test_the_ground_truth_goes_into_the_class_target_alone(images, start, tmp_path):
+def test_the_ground_truth_changes_only_the_class_target(images, start, tmp_path):
     losses = {}
     for choice in ("published", "corrected", "off"):
         more = {"model.checkpoint": start, "token_label.ground_truth": choice, "train.name": choice}

@@ -1,4 +1,4 @@
-"""train.py and validate.py on every format: a run that is stopped and resumed is the run on the folder, bit for bit."""
+"""Every format in train.py and validate.py: a stopped and resumed run equals the run on the folder, bit for bit."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def archives(images, tmp_path_factory) -> Iterator[dict[str, dict]]:
-    """data options of the same images in other formats."""
+    """Data options of the same images in other formats."""
     root = tmp_path_factory.mktemp("archives")
     for split in ("train", "val"):
         files = formats.files_of(images / split)
@@ -50,7 +50,7 @@ def archives(images, tmp_path_factory) -> Iterator[dict[str, dict]]:
 
 
 def write_official(folder: Path, images: Path, scratch: Path) -> Path:
-    """The files of ILSVRC2012: training images in a tar of tars, the others in no folders, and the development kit."""
+    """The files of ILSVRC2012: training images in a tar of tars, validation images without folders, development kit."""
     train, val = formats.files_of(images / "train"), formats.files_of(images / "val")
     formats.write_tar_of_tars(folder / "ILSVRC2012_img_train.tar", train, scratch)
     names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(val))]
@@ -60,7 +60,7 @@ def write_official(folder: Path, images: Path, scratch: Path) -> Path:
 
 
 def write_flat(folder: Path, images: Path) -> Path:
-    """All images of a split in one folder, beside files of their labels: names, and indices."""
+    """All images of a split in one folder, with a file of class names (train) or class indices (val)."""
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
         for name, content in formats.files_of(images / split).items():
@@ -85,7 +85,7 @@ def recipe(folder: Path, images: Path, **data) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(images, tmp_path_factory) -> dict[int, Path]:
-    """The runs on the folder, on one and on two processes, that were never stopped."""
+    """Uninterrupted runs on the folder, with one and with two processes."""
     runs = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp("straight")
@@ -96,7 +96,7 @@ def straight(images, tmp_path_factory) -> dict[int, Path]:
 
 
 def outcome(run: Path) -> tuple[dict, list[dict]]:
-    """Weights, and every number of every step but the times."""
+    """Weights, and every number of every step except the times."""
     with open(run / "metrics.csv", newline="") as file:
         rows = [{**row, "train/images_per_s": None, "train/data_wait": None} for row in csv.DictReader(file)]
     return torch.load(run / "last.pt", weights_only=True)["state_dict"], rows
@@ -105,7 +105,7 @@ def outcome(run: Path) -> tuple[dict, list[dict]]:
 @pytest.mark.parametrize(
     ("name", "ranks"), [("shards", 1), ("tars", 2), ("parquet", 1), ("url", 2), ("official", 2), ("flat", 2)]
 )
-def test_a_stopped_run_on_any_format_is_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
+def test_a_stopped_run_on_any_format_equals_the_run_on_the_folder(images, archives, straight, tmp_path, name, ranks):
     words = ("--config", recipe(tmp_path, images, **archives[name]))
     run = programs.start(TRAIN, *words, cwd=tmp_path, ranks=ranks)
     run.follow("epoch 1/2  step 2/4  ")
@@ -120,7 +120,7 @@ def test_a_stopped_run_on_any_format_is_the_run_on_the_folder(images, archives, 
     assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
-def test_evaluation_on_any_format_counts_as_on_the_folder(images, archives, straight, tmp_path):
+def test_evaluation_on_any_format_equals_that_on_the_folder(images, archives, straight, tmp_path):
     results = []
     for data, ranks in (({}, 1), *((data, 2) for data in archives.values())):
         words = ("--config", recipe(tmp_path, images, **data), "--checkpoint", straight[1] / "best.pt")
@@ -135,7 +135,7 @@ def test_evaluation_on_any_format_counts_as_on_the_folder(images, archives, stra
     assert losses == pytest.approx(losses[:1] * 7, rel=1e-6)
 
 
-def test_a_damaged_archive_ends_the_run_before_it_begins(images, archives, tmp_path):
+def test_a_damaged_archive_is_found_before_the_first_step(images, archives, tmp_path):
     whole = Path(archives["tars"]["root"], "train.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     data = {**archives["tars"], "train_split": str(tmp_path / "cut.tar")}

@@ -1,7 +1,7 @@
-"""A run that is stopped and resumed, at any step and in any way, is the run that was never stopped, bit for bit.
+"""A run stopped at any step, in any way, and resumed equals the uninterrupted run, bit for bit.
 
-Everything random is on: MixToken, drop path, RandAugment, random erasing, one loader worker, and a learning rate
-that changes with every step. Each run is stopped by a signal that is sent when a line of its log appears.
+All randomness is on: MixToken, drop path, RandAugment, random erasing; with one data worker and a learning rate
+that changes with every step. Each run is stopped by a signal sent when a line of its log appears.
 """
 
 import csv
@@ -46,7 +46,7 @@ def recipe(images, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(recipe, tmp_path_factory) -> Path:
-    """The run on one process that was never stopped."""
+    """The uninterrupted run on one process."""
     folder = tmp_path_factory.mktemp("straight")
     programs.run(TRAIN, "--config", recipe, cwd=folder).assert_done()
     return folder / "runs/run"
@@ -54,7 +54,7 @@ def straight(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight_on_three(recipe, tmp_path_factory) -> Path:
-    """The run on three processes that was never stopped."""
+    """The uninterrupted run on three processes."""
     folder = tmp_path_factory.mktemp("straight_on_three")
     for ended in programs.start(TRAIN, "--config", recipe, cwd=folder, ranks=3).finish():
         ended.assert_done()
@@ -63,19 +63,19 @@ def straight_on_three(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(recipe, tmp_path_factory) -> Path:
-    """The folder in which a run was stopped in its second epoch; for tests to copy."""
+    """The folder of a run stopped in its second epoch; for tests to copy."""
     folder = tmp_path_factory.mktemp("stopped")
     stop(folder, recipe, line(2, 1))
     return folder
 
 
 def line(epoch: int, step: int) -> str:
-    """What the log has of a step; both count from 1."""
+    """The log's words for a step; both numbers count from 1."""
     return f"epoch {epoch}/{EPOCHS}  step {step}/{STEPS}  "
 
 
 def stop(folder: Path, recipe: Path, at: str, signum: int = signal.SIGTERM) -> dict:
-    """Run train.py in ``folder``, signal it at the line with ``at``, and return the progress it saved."""
+    """Run train.py in ``folder``, send the signal at the line that contains ``at``, return the saved progress."""
     run = programs.start(TRAIN, "--config", recipe, cwd=folder)
     run.follow(at)
     os.kill(run.pids[0], signum)
@@ -93,10 +93,10 @@ def saved_progress(folder: Path, ended: programs.Finished) -> dict:
 
 
 def resume(folder: Path, recipe: Path, **options) -> list[programs.Finished]:
-    every = programs.start(TRAIN, "--config", recipe, cwd=folder, **options).finish()
-    for ended in every:
+    ranks = programs.start(TRAIN, "--config", recipe, cwd=folder, **options).finish()
+    for ended in ranks:
         ended.assert_done()
-    return every
+    return ranks
 
 
 def load(run: Path) -> dict:
@@ -134,8 +134,8 @@ def assert_identical(one, other, where: str) -> None:
 # --------------------------------------------------------------------------------------------- one process
 
 
-def test_the_same_run_again_is_the_same(recipe, straight, tmp_path):
-    """Otherwise the comparisons below would prove nothing; shows what they compare."""
+def test_a_repeated_run_is_the_same(recipe, straight, tmp_path):
+    """Otherwise the comparisons below would prove nothing."""
     resume(tmp_path, recipe, OMP_NUM_THREADS="1")
     assert_same_run(tmp_path / "runs/run", straight)
     state = load(straight)
@@ -145,7 +145,7 @@ def test_the_same_run_again_is_the_same(recipe, straight, tmp_path):
     assert np.mean(changed) > 0.9
 
 
-# A drawn step of each epoch, with time left in it.
+# A random step of each epoch, not its last.
 _DRAWN = [int(epoch * STEPS + np.random.default_rng(epoch).integers(1, STEPS - 1)) for epoch in range(EPOCHS)]
 
 
@@ -156,12 +156,12 @@ def test_stop_at_a_step_and_resume(recipe, straight, tmp_path, step, signum):
     assert step <= progress["global_step"] < STEPS * EPOCHS
     (ended,) = resume(tmp_path, recipe)
     assert f"resuming from runs/run/last.pt: epoch {progress['epoch']}, step {progress['step']}\n" in ended.out
-    assert ended.out.count("  step ") == STEPS * EPOCHS - progress["global_step"], "no step is made twice"
+    assert ended.out.count("  step ") == STEPS * EPOCHS - progress["global_step"], "no step is done twice"
     assert_same_run(tmp_path / "runs/run", straight)
 
 
 def test_stop_in_an_evaluation_and_again_right_after(recipe, straight, tmp_path):
-    # One image at a time, raw and averaged weights: the evaluation takes far longer than the signal.
+    # One image per batch, raw and EMA weights: the evaluation takes far longer than the signal.
     progress = stop(tmp_path, recipe, line(1, STEPS))
     assert (progress["epoch"], progress["step"], progress["closed_epochs"]) == (1, 0, 0), "not in the evaluation"
     # The resumed run evaluates first, and is stopped there again.
@@ -186,8 +186,8 @@ def test_stop_in_the_evaluation_before_training(recipe, straight, tmp_path):
 # ----------------------------------------------------------------------------------------- three processes
 
 
-def test_stop_on_three_processes_where_one_hears_of_it(recipe, straight_on_three, tmp_path):
-    """With three, the order in which gradients are added up counts, too."""
+def test_signal_to_one_of_three_processes_stops_all(recipe, straight_on_three, tmp_path):
+    """With three, the order in which gradients are summed matters, too."""
     run = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=3)
     run.follow(line(1, 1))
     os.kill(run.pids[1], signal.SIGTERM)
@@ -219,7 +219,7 @@ def test_stop_through_the_launcher(recipe, straight_on_three, tmp_path):
 
 
 def copy_of(folder: Path, to: Path) -> Path:
-    """Copy a folder with a run in it; last.pt stays another name of the newest numbered file."""
+    """Copy the run in ``folder``; last.pt stays a hard link to the newest numbered file."""
     shutil.copytree(folder / "runs", to / "runs")
     run = to / "runs/run"
     for name in ("last.pt", "best.pt"):
@@ -241,7 +241,7 @@ def contents(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.iterdir()}
 
 
-def test_truncated_last_checkpoint_is_reported_and_the_one_before_used(recipe, stopped, straight, tmp_path):
+def test_truncated_last_checkpoint_is_reported_and_the_previous_one_used(recipe, stopped, straight, tmp_path):
     run = copy_of(stopped, tmp_path)
     newest, before = sorted(run.glob("step-*.pt"), reverse=True)
     assert newest.samefile(run / "last.pt") and before.name == f"step-{STEPS:08d}.pt"
@@ -253,7 +253,7 @@ def test_truncated_last_checkpoint_is_reported_and_the_one_before_used(recipe, s
     assert_same_run(run, straight)
 
 
-def test_last_checkpoint_that_alone_is_damaged_costs_nothing(recipe, stopped, straight, tmp_path):
+def test_damage_to_last_pt_alone_costs_nothing(recipe, stopped, straight, tmp_path):
     run = copy_of(stopped, tmp_path)
     newest = max(run.glob("step-*.pt"))
     (run / "last.pt").unlink()
@@ -280,7 +280,7 @@ def test_no_run_starts_over_if_every_checkpoint_is_damaged(recipe, stopped, tmp_
 
 
 def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, straight, tmp_path):
-    # Stopped between an epoch and its evaluation, the resumed run saves under a name that is there already.
+    # Stopped between an epoch and its evaluation, the resumed run saves under a name that already exists.
     progress = stop(tmp_path, recipe, line(1, STEPS))
     assert (progress["global_step"], progress["closed_epochs"]) == (STEPS, 0)
     run = tmp_path / "runs/run"
@@ -322,7 +322,7 @@ def test_full_disk_outside_a_save(recipe, stopped, tmp_path):
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoint(recipe, straight, tmp_path):
-    """The learning rate explodes with the second epoch: warmup_lr is that of the first."""
+    """The learning rate explodes in the second epoch; warmup_lr is that of the first."""
     words = ("--schedule.per_step", "false", "--schedule.warmup_lr", "1e-3", "--optim.lr", "1e30")
     ended = programs.run(TRAIN, "--config", recipe, *words, "--optim.clip_grad", "0", cwd=tmp_path)
     run = tmp_path / "runs/run"
@@ -338,8 +338,8 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoint(recipe, str
     assert all(t.isfinite().all() for t in state["state_dict"].values())
 
 
-def test_weights_that_the_last_step_broke_never_replace_a_good_checkpoint(images, tmp_path):
-    """One step an epoch: every loss up to the save is finite, and the weights it would save are not usable."""
+def test_broken_weights_never_replace_a_good_checkpoint(images, tmp_path):
+    """One step per epoch: every loss up to the save is finite, but the weights to be saved are not usable."""
     recipe = programs.write_recipe(
         tmp_path / "recipe.yaml",
         images,

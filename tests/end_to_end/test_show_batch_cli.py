@@ -1,4 +1,4 @@
-"""The picture of a batch: scripts/show_batch.py, and what every run writes at its start."""
+"""The picture of a batch: scripts/show_batch.py, and batch.png, which every run writes at its start."""
 
 import io
 
@@ -14,7 +14,7 @@ from volo.token_labels.writer import StoreWriter
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("token_labels")]
 
 SHOW_BATCH = ROOT / "scripts" / "show_batch.py"
-# One plain colour an image, by name; the classes are those of the small recipe.
+# One plain colour per image; the classes are those of the small recipe.
 COLOURS = {
     "cross/red": (230, 20, 20),
     "cross/green": (20, 160, 20),
@@ -26,7 +26,7 @@ COLOURS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Five images, each of one colour, and labels that say "disc" of every cell."""
+    """Five images of one colour each, and label maps that say "disc" in every cell."""
     root = tmp_path_factory.mktemp("colours")
     for split in ("train", "val"):
         for name, colour in COLOURS.items():
@@ -53,9 +53,9 @@ def recipe(images, tmp_path):
 
 
 def shown(picture: Image.Image) -> set[str]:
-    """Names of the images with a panel of nothing but their colour, of 150 x 150 pixels or more."""
+    """Names of the images whose colour covers 150 x 150 pixels or more."""
     pixels = np.asarray(picture.convert("RGB")).astype(int)
-    # The panel beside it is the same image under its tokens: paler, so of another colour.
+    # The panel beside it shows the same image under its token labels: paler, so it does not count.
     near = {name: (abs(pixels - colour) < 12).all(2) for name, colour in COLOURS.items()}
     return {name for name, mask in near.items() if mask.sum() >= 150 * 150}
 
@@ -79,7 +79,7 @@ def test_every_image_has_its_panels(images, recipe, tmp_path, count):
 
 
 def test_the_start_of_a_run_shows_its_first_batch(images, recipe, tmp_path):
-    """In batch.png and in TensorBoard: what the script draws for the same step."""
+    """batch.png and TensorBoard hold what the script draws for the same step."""
     words = ("--config", recipe, "--token_label.root", images / "labels")
     run(TRAIN, *words, cwd=tmp_path).assert_done()
     png = (tmp_path / "runs/run/batch.png").read_bytes()

@@ -1,4 +1,4 @@
-"""train.py with label maps: the whole way from a packed store to a trained network, and what must be refused."""
+"""train.py with label maps: from a packed store to a trained network, and what must be refused."""
 
 import re
 import struct
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("token_labels")]
 
 
 def write_store(path, images, classes=CLASSES, num_classes=None, leave_out=0, exif="ignore", one_size=False):
-    """A teacher that sees the image's own class everywhere, and a little of the next one in the left half."""
+    """A teacher that sees the image's own class everywhere, and some of the next one in the left half."""
     records = scan_class_folders(str(images / "train"), class_names("folders", FolderSplit(str(images / "train"))))
     header = {"teacher": "made by hand", "covers": "whole_image", "top_k": 2}
     with StoreWriter(path, **header, num_classes=num_classes or len(classes), classes=classes, exif=exif) as writer:
@@ -40,7 +40,7 @@ def store(images):
     return write_store(images / "labels", images)
 
 
-def test_training_on_label_maps_is_the_same_run_on_one_and_on_no_workers(images, store, tmp_path):
+def test_training_on_label_maps_does_not_depend_on_workers(images, store, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", images, token_label={"root": str(store)})
     for name, workers in (("a", 0), ("b", 1)):
         ended = run(TRAIN, "--config", recipe, "--train.name", name, "--data.workers", workers, cwd=tmp_path)
@@ -110,7 +110,7 @@ def test_published_geometry_needs_the_published_order(images, store, tmp_path):
     run(TRAIN, "--config", recipe, cwd=tmp_path).assert_failed(USAGE, "augment.order")
 
 
-def test_the_published_way_takes_maps_of_one_size(images, store, tmp_path):
+def test_the_published_geometry_takes_maps_of_one_size(images, store, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", images, augment={"order": "published"})
     words = ("--config", recipe, "--token_label.root", store, "--token_label.geometry")
     run(TRAIN, *words, "published", cwd=tmp_path).assert_failed(USAGE, str(store), "3 sizes", "aligned")
@@ -128,7 +128,7 @@ def test_a_damaged_store_is_found_by_its_checksums(images, tmp_path):
     ended.assert_failed(USAGE, "scores.bin")
 
 
-def test_labels_of_images_turned_otherwise_are_refused(images, store, tmp_path):
+def test_labels_of_another_exif_orientation_are_refused(images, store, tmp_path):
     turned = write_store(tmp_path / "turned", images, exif="apply")
     recipe = write_recipe(tmp_path / "recipe.yaml", images, schedule={"epochs": 1})
     for labels, exif, other in ((store, "apply", "ignore"), (turned, "ignore", "apply")):
@@ -141,7 +141,7 @@ def test_labels_of_images_turned_otherwise_are_refused(images, store, tmp_path):
 
 
 def write_files(path, images):
-    """Labels as :func:`write_store`, in the published layout."""
+    """The labels of :func:`write_store` in the published layout."""
     for folder in sorted((images / "train").iterdir()):
         for image in sorted(folder.iterdir()):
             tensor = torch.zeros(2, 2, 5, 5, dtype=torch.float16)
@@ -188,7 +188,7 @@ def test_damaged_label_files_are_named_before_the_first_step(kind, words, images
     assert "step 1" not in ended.out
 
 
-def test_damaged_label_files_are_left_out_and_reported_where_asked_for(images, tmp_path):
+def test_damaged_label_files_are_left_out_and_reported_if_asked_for(images, tmp_path):
     labels = write_files(tmp_path / "files", images)
     for kind in ("NaN", "cut"):
         damage(labels / "disc" / "disc_07.pt", kind)
@@ -223,7 +223,7 @@ def test_a_label_that_changed_in_its_store_is_named_when_it_is_read(images, tmp_
 
 
 def test_fine_tuning_on_other_classes_with_and_without_labels(images, store, tmp_path):
-    """A 32 px run is fine-tuned at 48 px: evaluated first, position embedding resized, new heads."""
+    """A 32 px run is fine-tuned at 48 px: evaluation first, position embedding resized, new heads."""
     recipe = write_recipe(tmp_path / "recipe.yaml", images, schedule={"epochs": 1, "warmup_epochs": 0})
     run(TRAIN, "--config", recipe, "--train.name", "first", cwd=tmp_path).assert_done()
     fine = {

@@ -1,7 +1,7 @@
-"""train.py as a user runs it: plainly, under torchrun, and over two machines.
+"""train.py as a user runs it: in one process, under torchrun, and on two machines.
 
-One run on one process that takes two passes a step stands beside one on two processes and one on two machines of
-one process each: all three are the same run by the numbers they write.
+One process with two passes per step, two processes, and two machines of one process each: all three write the
+same numbers.
 """
 
 import csv
@@ -29,7 +29,7 @@ COLUMNS = {
     *(f"train/{name}" for name in TRAIN_COLUMNS),
     *(f"{weights}/{name}" for weights in ("val", "val_ema") for name in VAL_COLUMNS),
 }
-STEPS = 3  # an epoch: 36 images by 12
+STEPS = 3  # per epoch: 36 images, 12 per step
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,13 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("how", ["plain", "two"])
-def test_run_folder_holds_all_that_was_promised(how, request):
+def test_run_folder_holds_every_file(how, request):
     run, ended = request.getfixturevalue(how)
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.yaml", "log.txt", "metrics.csv", "last.pt", "best.pt", "curves.png", "batch.png"}
     assert len([name for name in names if name.startswith("events.out.tfevents")]) == 1
     assert sorted(name for name in names if name.startswith("step-")) == ["step-00000003.pt", "step-00000006.pt"]
-    assert len(names) == 10, "nothing else, no temporary file"
+    assert len(names) == 10, "no other file, no temporary file"
     assert ended.err == ""
 
 
@@ -99,7 +99,7 @@ def test_metrics_csv_has_every_column_and_tensorboard_the_same_numbers(how, requ
 def test_numbers_are_plausible(plain):
     rows = rows_of(plain[0])
     first = rows[0]
-    assert float(first["train/loss_cls"]) == pytest.approx(math.log(3), rel=0.05)  # nothing is known at first
+    assert float(first["train/loss_cls"]) == pytest.approx(math.log(3), rel=0.05)  # an untrained network
     for row in rows:
         if row["train/loss"]:
             terms = float(row["train/loss_cls"]) + 0.5 * float(row["train/loss_dense"])
@@ -110,12 +110,12 @@ def test_numbers_are_plausible(plain):
             correct = float(row["val/top1"]) / 100 * 12
             assert correct == pytest.approx(round(correct))
             assert float(row["val/top5"]) == 100  # of three classes
-    # One cosine over two epochs, by the epoch: peak, then its middle.
+    # One cosine over two epochs, set per epoch: its peak, then its middle.
     rates = [float(row["train/lr"]) for row in rows if row["train/lr"]]
     assert rates == pytest.approx([2e-3] * STEPS + [1e-5 + (2e-3 - 1e-5) / 2] * STEPS)
 
 
-def test_two_processes_are_the_run_of_one_process_in_two_passes(plain, two):
+def test_two_processes_equal_one_process_in_two_passes(plain, two):
     for one, other in zip(rows_of(plain[0]), rows_of(two[0]), strict=True):
         assert one["step"] == other["step"]
         for name in ("train/loss", "train/loss_cls", "train/loss_dense", "train/grad_norm", "train/lr"):
@@ -123,7 +123,7 @@ def test_two_processes_are_the_run_of_one_process_in_two_passes(plain, two):
                 assert float(one[name]) == pytest.approx(float(other[name]), rel=2e-4), (one["step"], name)
     weights = [torch.load(run / "last.pt", weights_only=True)["state_dict"] for run, _ in (plain, two)]
     for name, tensor in weights[0].items():
-        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):  # those follow rank 0's passes
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):  # rank 0's batches only
             torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=2e-4, msg=name)
 
 
@@ -139,22 +139,22 @@ def test_start_of_the_log_gives_effective_values(plain, two):
 
 def test_log_txt_is_what_was_printed(plain):
     run, ended = plain
-    # Every record starts with time and level; its other lines follow as they are.
+    # Every record starts with time and level; its further lines are unchanged.
     logged = [line.split(" INFO ", 1)[-1] for line in (run / "log.txt").read_text().splitlines()]
     assert logged == ended.out.splitlines()
 
 
-def test_config_yaml_gives_the_same_run_again(plain, recipe):
+def test_config_yaml_gives_the_same_options(plain, recipe):
     parser = build_parser("train.py", "")
     given, _ = parse(parser, ["--config", str(recipe)])
     stored, _ = parse(parser, ["--config", str(plain[0] / "config.yaml")])
     assert stored == given
 
 
-def test_checkpoint_is_plain_data_with_the_promised_entries(plain):
+def test_checkpoint_is_plain_data_with_every_entry(plain):
     state = torch.load(plain[0] / "last.pt", weights_only=True)
-    promised = {"state_dict", "state_dict_ema", "optimizer", "scaler", "progress", "rng", "config", "classes"}
-    assert state.keys() >= promised
+    entries = {"state_dict", "state_dict_ema", "optimizer", "scaler", "progress", "rng", "config", "classes"}
+    assert state.keys() >= entries
     assert state["classes"] == list(programs.CLASSES)
     assert state["progress"] == {**state["progress"], "epoch": 2, "step": 0, "global_step": 6, "closed_epochs": 2}
     assert state["config"]["optim"]["lr"] == 2e-3
@@ -170,12 +170,12 @@ def test_curves_are_a_picture(plain):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
-def test_two_machines_are_the_same_run(two, recipe, tmp_path):
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port())}
+def test_two_machines_equal_two_processes(two, recipe, tmp_path):
+    rendezvous = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port())}
     nodes = []
     for rank in range(2):
         words = (LAUNCHER, 1, "--config", recipe)
-        nodes.append(programs.launch(*words, cwd=tmp_path, NODE_RANK=str(rank), PYTHON=sys.executable, **place))
+        nodes.append(programs.launch(*words, cwd=tmp_path, NODE_RANK=str(rank), PYTHON=sys.executable, **rendezvous))
     for node in nodes:
         programs.finish(node).assert_done()
     timing = ("train/images_per_s", "train/data_wait")
@@ -184,10 +184,10 @@ def test_two_machines_are_the_same_run(two, recipe, tmp_path):
     assert there == here
 
 
-# ------------------------------------------------------------------------------------- stopped before work
+# ------------------------------------------------------------------------------------------- wrong options
 
 
-def test_wrong_words_end_at_once_with_code_2(recipe, tmp_path):
+def test_wrong_options_end_at_once_with_code_2(recipe, tmp_path):
     for words, message in {
         ("--optim.lrr", "1"): "Did you mean optim.lr?",
         ("--train.batch_size", "many"): "train.batch_size",
@@ -223,7 +223,7 @@ def test_wrong_words_end_at_once_with_code_2(recipe, tmp_path):
         (("--train.precision", "apex_o1"), "apex.amp"),
     ],
 )
-def test_wrong_options_end_before_anything_is_made(recipe, tmp_path, words, message):
+def test_wrong_options_end_before_anything_is_written(recipe, tmp_path, words, message):
     programs.run(TRAIN, "--config", recipe, *words, cwd=tmp_path).assert_failed(USAGE, message)
     assert not list(tmp_path.glob("runs"))
 
@@ -231,9 +231,9 @@ def test_wrong_options_end_before_anything_is_made(recipe, tmp_path, words, mess
 # --------------------------------------------------------------------------------------------- fine-tuning
 
 
-def test_fine_tuning_starts_from_the_weights_and_keeps_them_where_nothing_gets_better(images, plain, tmp_path):
+def test_fine_tuning_starts_from_the_weights_and_keeps_them_if_nothing_improves(images, plain, tmp_path):
     run, _ = plain
-    # A learning rate that changes nothing: what it started from stays the best.
+    # A learning rate that changes nothing: the initial weights stay the best.
     still = programs.write_recipe(
         tmp_path / "recipe.yaml",
         images,

@@ -48,7 +48,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------- what a training run left
+# ------------------------------------------------------------------------------------------- after training
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    """A finished run with an average of weights; recipe, run folder and output."""
+    """A finished run with EMA; recipe, run folder and output."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = programs.write_recipe(folder / "recipe.yaml", images, ema={"enabled": True, "decay": 0.7})
     ended = programs.run(TRAIN, "--config", recipe, cwd=folder).assert_done()
@@ -73,7 +73,7 @@ def last_row(run: Path, step: int | None = None) -> dict[str, float]:
     return {name: float(cell) for name, cell in rows[-1].items() if cell}
 
 
-def test_command_that_training_prints_gives_trainings_best_number(trained, tmp_path):
+def test_command_that_training_prints_gives_its_best_accuracy(trained, tmp_path):
     recipe, run, ended = trained
     (command,) = (line.removeprefix("next:") for line in ended.out.splitlines() if line.startswith("next:"))
     words = [*shlex.split(command), "--output", tmp_path]
@@ -90,7 +90,7 @@ def test_command_that_training_prints_gives_trainings_best_number(trained, tmp_p
 
 
 @pytest.mark.parametrize(("weights", "name"), [("raw", "val"), ("ema", "val_ema")])
-def test_final_evaluation_of_training_is_met_to_the_last_bit(trained, tmp_path, weights, name):
+def test_final_evaluation_of_training_is_reproduced_to_the_last_bit(trained, tmp_path, weights, name):
     recipe, run, _ = trained
     words = ("--config", recipe, "--checkpoint", run / "last.pt", "--weights", weights, "--output", tmp_path)
     ended = programs.run(VALIDATE, *words, cwd=tmp_path).assert_done()
@@ -128,7 +128,7 @@ FLAT, NUMBERED = 11, 13  # one fewer and one more than two and three processes d
 
 
 class Teller:
-    """What a network says of one file, computed plainly."""
+    """Logits of a network for one file, computed independently."""
 
     def __init__(self, model: torch.nn.Module, crop_pct: float):
         resized = math.floor(32 / crop_pct)
@@ -149,7 +149,7 @@ class Teller:
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """A network of 1,000 classes, a flat folder of official names with labels, one of ImageNet-V2, and the truth."""
+    """A network of 1,000 classes, a flat folder of official names with labels, one of ImageNet-V2, expected counts."""
     folder = tmp_path_factory.mktemp("imagenet")
     torch.manual_seed(3)
     fields = {name: value for name, value in IMAGENET["model"].items() if name not in ("name",)}
@@ -280,7 +280,7 @@ def test_more_processes_than_images(imagenet, tmp_path):
 # ------------------------------------------------------------------------------------------- published models
 
 
-def test_published_model_stands_beside_the_papers_value(tmp_path):
+def test_published_model_is_shown_beside_the_papers_value(tmp_path):
     """The shipped recipe of D1 at 224, a file like the published one (untrained), and three images."""
     torch.manual_seed(0)
     checkpoint = tmp_path / "d1_224_84.2.pth.tar"
@@ -320,7 +320,7 @@ def test_without_a_checkpoint_it_refuses(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_random_weights_by_name_and_it_says_so(trained, tmp_path):
+def test_random_weights_are_evaluated_if_asked_for_and_said_so(trained, tmp_path):
     recipe, _, _ = trained
     losses = []
     for ranks in (1, 2):
@@ -347,14 +347,14 @@ def test_checkpoint_of_another_model(trained, imagenet, tmp_path):
     words = ("--config", recipe, "--checkpoint", run / "last.pt")
     ended = programs.run(VALIDATE, *words, "--model.layers", "[1,1,2,1]", cwd=tmp_path)
     ended.assert_failed(USAGE, "does not fit the model; nothing was loaded", "missing: network.3.1.norm1.weight")
-    # A head for other classes would be an untrained one.
+    # A head for other classes would be untrained.
     folder, _, _ = imagenet
     ended = programs.run(VALIDATE, "--config", recipe, "--checkpoint", folder / "net.pth.tar", cwd=tmp_path)
     ended.assert_failed(USAGE, "has 1000 classes and model.num_classes is 3", "--model.num_classes 1000")
 
 
 class Malice:
-    """Unpickled, it would make a file."""
+    """Unpickling it would create a file."""
 
     def __init__(self, sentinel: Path):
         self.sentinel = sentinel
@@ -380,7 +380,7 @@ def test_damaged_or_malicious_checkpoint(trained, tmp_path, how):
     before = path.read_bytes()
     ended = programs.run(VALIDATE, "--config", recipe, "--checkpoint", path, cwd=tmp_path)
     ended.assert_failed(FAILED, str(path), reason)
-    # The same file to start a training from.
+    # The same file as the start of a training run.
     ended = programs.run(TRAIN, "--config", recipe, "--model.checkpoint", path, "--train.name", how, cwd=tmp_path)
     ended.assert_failed(FAILED, str(path), reason)
     assert not sentinel.exists()
@@ -388,7 +388,7 @@ def test_damaged_or_malicious_checkpoint(trained, tmp_path, how):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_class_folder_that_is_no_class_is_never_mapped_to_another(images, trained, tmp_path):
+def test_unknown_class_folder_is_never_mapped_to_another_class(images, trained, tmp_path):
     recipe, run, _ = trained
     (tmp_path / "images").mkdir()
     (tmp_path / "images/train").symlink_to(images / "train")
@@ -398,7 +398,7 @@ def test_class_folder_that_is_no_class_is_never_mapped_to_another(images, traine
     words = ("--config", recipe, "--checkpoint", run / "last.pt", "--data.root", tmp_path / "images")
     ended = programs.run(VALIDATE, *words, cwd=tmp_path)
     ended.assert_failed(USAGE, "1 of 3 folders of", "star", "not among the 3 classes")
-    # The classes are those of the checkpoint, whatever folders there are to train on: a missing one shifts nothing.
+    # The classes are those of the checkpoint, whatever training folders exist: a missing one shifts no index.
     (tmp_path / "images/val/star").rename(tmp_path / "images/val/disc")
     (tmp_path / "images/train").unlink()
     programs.run(VALIDATE, *words, "--output", tmp_path, cwd=tmp_path).assert_done()

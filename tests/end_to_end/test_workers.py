@@ -1,4 +1,4 @@
-"""Runs whose reading processes die or hang, and whose files vanish on the way: named, or replaced; never a hang."""
+"""Runs whose data workers die or hang, or whose files vanish: the cause is named or replaced; never a hang."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ def images(tmp_path) -> Path:
 
 @pytest.fixture
 def recipe(images, tmp_path) -> Path:
-    """Three steps of six images an epoch."""
+    """Three steps of six images per epoch."""
     return programs.write_recipe(
         tmp_path / "recipe.yaml", images, data={"workers": 2}, train={"batch_size": 6, "output": "runs"}
     )
 
 
 def children(pid: int) -> list[int]:
-    """The processes that ``pid`` started, oldest first."""
+    """Child processes of ``pid``, oldest first."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -57,7 +57,7 @@ def test_under_torchrun_the_other_process_does_not_hang(recipe, tmp_path):
     seen = ""
     while "  step 2/3  " not in seen:
         line = launcher.stdout.readline()
-        assert line, f"it ended:\n{programs.finish(launcher, seen)}"
+        assert line, f"the launcher ended:\n{programs.finish(launcher, seen)}"
         seen += line
     (torchrun,) = (pid for pid in children(launcher.pid) if "torch.distributed.run" in words_of(pid))
     ranks = [pid for pid in children(torchrun) if "train.py" in words_of(pid)]
@@ -74,7 +74,7 @@ def words_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-def test_where_others_take_over_the_run_is_the_same(recipe, tmp_path):
+def test_replaced_workers_do_not_change_the_run(recipe, tmp_path):
     words = ("--config", recipe, "--data.on_error", "skip", "--schedule.epochs", 4)
     programs.run(TRAIN, *words, cwd=tmp_path / "straight").assert_done()
     run = programs.start(TRAIN, *words, cwd=tmp_path / "killed")
@@ -105,7 +105,7 @@ def test_a_file_that_vanishes_in_the_middle_of_a_run(recipe, images, tmp_path, o
     else:
         ended.assert_done()
         times = ended.out.count(f"replaced unreadable training image: cannot read {gone}")
-        # Two workers hold four batches ahead, no more than two epochs' worth.
+        # Two workers are up to four batches ahead, at most two epochs.
         assert 4 <= times <= 6
         assert f"replaced unreadable training images {times} times" in ended.out and "dead" not in ended.out
 
@@ -113,7 +113,7 @@ def test_a_file_that_vanishes_in_the_middle_of_a_run(recipe, images, tmp_path, o
 def test_storage_that_hangs_ends_the_run_with_the_file(recipe, images, tmp_path):
     stuck = images / "train/disc/disc_03.jpg"
     stuck.unlink()
-    os.mkfifo(stuck)  # opening it waits for somebody who never comes
+    os.mkfifo(stuck)  # opening it blocks for ever
     words = ("--config", recipe, "--data.timeout_seconds", 1)
     ended = programs.run(TRAIN, *words, cwd=tmp_path)
     ended.assert_failed(FAILED, "no batch for 1 s (data.timeout_seconds)", f" at {stuck}")

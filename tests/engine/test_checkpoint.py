@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest that can be read, and under which names."""
+"""Checkpoints: complete or absent, the newest readable one is found, and their names."""
 
 import errno
 import logging
@@ -14,7 +14,7 @@ from volo.engine.checkpoint import CheckpointFolder, SaveError, TrainState, read
 
 
 def state(step: int, size: int = 10) -> dict:
-    """A checkpoint of our form that knows its step."""
+    """A checkpoint in volo's format that holds its step."""
     progress = TrainState(epoch=step, global_step=step, best_top1=1.5)
     return {
         "state_dict": {"weight": torch.full((size,), float(step))},
@@ -39,7 +39,7 @@ def folder(tmp_path) -> CheckpointFolder:
 
 @pytest.fixture
 def limit_files():
-    """Return a function after which writing a file beyond so many bytes fails, as on a full disk."""
+    """Return a function that limits file sizes to a number of bytes, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -47,7 +47,7 @@ def limit_files():
 
 @pytest.fixture
 def no_hard_links(monkeypatch):
-    """The system call as it is on a file system without hard links (exFAT, some network mounts)."""
+    """The system call fails as on a file system without hard links (exFAT, some network mounts)."""
 
     def link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -79,20 +79,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, limit_fil
     assert path.read_bytes() == before and names(tmp_path) == ["last.pt"]
 
 
-def test_a_folder_that_is_gone(tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises((SaveError, FileNotFoundError)):
         save_atomically(state(1), tmp_path / "gone" / "last.pt")
 
 
-def test_the_litter_of_a_killed_run_goes_with_the_next_save(folder, tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed_by_the_next_save(folder, tmp_path):
     folder.save(state(1), is_best=False)
     (tmp_path / ".checkpoint.tmp").write_bytes(b"half a checkpoint")
     folder.save(state(2), is_best=True)
     assert names(tmp_path) == ["best.pt", "last.pt", "step-00000001.pt", "step-00000002.pt"]
 
 
-def test_a_name_that_a_killed_run_left_on_a_checkpoint_is_never_written_to(folder, tmp_path):
-    """A kill between making a second name and moving it into place leaves a link to the checkpoint itself."""
+def test_a_leftover_link_to_a_checkpoint_is_never_written_to(folder, tmp_path):
+    """A kill between creating a hard link and renaming it leaves a link to the checkpoint itself."""
     folder.save(state(1), is_best=True)
     os.link(tmp_path / "step-00000001.pt", tmp_path / ".checkpoint.tmp")
     os.link(tmp_path / "step-00000001.pt", tmp_path / ".last.pt.0123456789ab.tmp")
@@ -106,16 +106,16 @@ def test_a_name_that_a_killed_run_left_on_a_checkpoint_is_never_written_to(folde
 # ------------------------------------------------------------------------------------------------------- names
 
 
-def check_names(folder: CheckpointFolder, place: Path) -> None:
+def check_names(folder: CheckpointFolder, path: Path) -> None:
     for step, is_best in ((10, True), (20, False), (30, True), (40, False), (50, False)):
         folder.save(state(step), is_best)
     kept = ["step-00000030.pt", "step-00000040.pt", "step-00000050.pt"]
-    assert names(place) == ["best.pt", "last.pt", *kept]
+    assert names(path) == ["best.pt", "last.pt", *kept]
     assert (step_of(folder.last), step_of(folder.best)) == (50, 30)
     for step in (60, 70, 80):
         folder.save(state(step), is_best=False)
     assert step_of(folder.best) == 30, "the best stays when its number is forgotten"
-    assert names(place) == ["best.pt", "last.pt", "step-00000060.pt", "step-00000070.pt", "step-00000080.pt"]
+    assert names(path) == ["best.pt", "last.pt", "step-00000060.pt", "step-00000070.pt", "step-00000080.pt"]
     folder.save(state(80) | {"again": True}, is_best=True)
     assert read_own_checkpoint(folder.last)["again"] and read_own_checkpoint(folder.best)["again"]
 
@@ -131,7 +131,7 @@ def test_last_best_and_the_newest_without_hard_links(folder, tmp_path, no_hard_l
     assert not folder.best.samefile(folder.last)
 
 
-def test_no_room_for_the_copy_that_stands_in_for_a_link(folder, tmp_path, no_hard_links, limit_files, monkeypatch):
+def test_full_disk_when_a_copy_replaces_a_link(folder, tmp_path, no_hard_links, limit_files, monkeypatch):
     folder.save(state(1), is_best=True)
     saved = save_atomically
 
@@ -176,7 +176,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_newest_is_passed_over_and_named(folder, caplog, how):
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, caplog, how):
     for step in (1, 2, 3):
         folder.save(state(step, size=1000), is_best=False)
     assert folder.newest_valid()[0] == folder.last and not caplog.records
@@ -196,7 +196,7 @@ def test_a_run_killed_before_the_newest_got_its_name(folder, tmp_path):
     assert folder.newest_valid()[1]["progress"]["global_step"] == 1 and folder.exists()
 
 
-def test_last_counts_where_its_number_was_deleted(folder, tmp_path):
+def test_last_pt_counts_if_its_numbered_file_was_deleted(folder, tmp_path):
     for step in (1, 2):
         folder.save(state(step), is_best=False)
     os.utime(tmp_path / "step-00000001.pt", ns=(0, 0))
@@ -204,7 +204,7 @@ def test_last_counts_where_its_number_was_deleted(folder, tmp_path):
     assert folder.newest_valid()[1]["progress"]["global_step"] == 2
 
 
-def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(folder, tmp_path):
+def test_resuming_from_an_earlier_checkpoint_discards_later_ones(folder, tmp_path):
     for step in (10, 20, 30):
         folder.save(state(step), is_best=step == 30)
     folder.save(state(15), is_best=False)  # what a run does that was started with train.resume step-00000010.pt
@@ -212,7 +212,7 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(folder, tm
     assert folder.newest_valid()[1]["progress"]["global_step"] == 15 and step_of(folder.best) == 30
 
 
-def test_nothing_there_and_nothing_readable(folder, tmp_path):
+def test_no_checkpoint_and_no_readable_checkpoint(folder, tmp_path):
     assert folder.newest_valid() is None and not folder.exists()
     for step in (1, 2):
         folder.save(state(step), is_best=True)
@@ -222,7 +222,7 @@ def test_nothing_there_and_nothing_readable(folder, tmp_path):
         folder.newest_valid()
 
 
-def test_what_is_no_checkpoint_of_ours(tmp_path):
+def test_files_that_are_not_volo_checkpoints(tmp_path):
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="lacks config, optimizer, progress. To start from its weights, use model"):
         read_own_checkpoint(tmp_path / "weights.pth")

@@ -1,4 +1,4 @@
-"""Training steps with train.compile: one graph each for network and loss, made in the first step and never again."""
+"""Training steps with train.compile: one graph each for network and loss, compiled once, in the first step."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from volo.token_labels.published import PublishedMaps
 
 
 def published_maps(images: int) -> PublishedMaps:
-    """Label maps of noise, each looked at in a box of its own."""
+    """Random label maps, each with its own crop box."""
     corners = torch.rand(images, 4).sort(dim=1).values * 3
     return PublishedMaps(torch.rand(images, 2, 3, 3), torch.randint(3, (images, 2, 3, 3)), corners)
 
@@ -20,7 +20,7 @@ def published_maps(images: int) -> PublishedMaps:
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["aligned", "published"])
 def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geometry):
-    """Boxes of MixToken and MixUp change from step to step, and so does the number of classes that a token lists."""
+    """Boxes of MixToken and MixUp change from step to step, as does the number of classes per token."""
     torch._dynamo.reset()
     counters.clear()
     sections = {

@@ -1,4 +1,4 @@
-"""Evaluation: exact counts on any number of processes, against counts made one image at a time; ImageNet-ReaL.
+"""Evaluation: exact counts on any number of processes, compared with counting image by image; ImageNet-ReaL.
 
 N images, C classes.
 """
@@ -29,7 +29,7 @@ from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 CPU = torch.device("cpu")
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 SIDE = 32
-# One more and one fewer than divides by 2 and by 3 processes, and by batches of 2; fewer images than processes.
+# One more and one fewer than multiples of 2 and 3 processes and of batches of 2; fewer images than processes.
 SIZES = (1, 2, 5, 6, 7, 11, 12, 13)
 
 
@@ -42,10 +42,10 @@ def small_model(num_classes: int) -> nn.Module:
     return model.train()
 
 
-def chosen(records: ImageRecords, places: list[int], folder: Path | None = None) -> ImageRecords:
-    names = PackedNames.of(records.name(i) for i in places)
+def chosen(records: ImageRecords, indices: list[int], folder: Path | None = None) -> ImageRecords:
+    names = PackedNames.of(records.name(i) for i in indices)
     source = FolderSource(str(folder or records.source.root), names)
-    return replace(records, source=source, labels=records.labels[places])
+    return replace(records, source=source, labels=records.labels[indices])
 
 
 def first(records: ImageRecords, count: int) -> ImageRecords:
@@ -63,7 +63,7 @@ def evaluate_images(
 
 
 def answers_by_hand(records: ImageRecords) -> list[tuple[list[int], list[float]]]:
-    """Guesses, best first, and logits of one image after the other."""
+    """Predictions, best first, and logits, image by image."""
     model = small_model(len(records.classes)).eval()
     answers = []
     for i in range(len(records)):
@@ -110,7 +110,7 @@ def test_one_process_counts_every_image_once(records, size):
     assert_counts(evaluate_images(first(records, size)).labels, count_by_hand(first(records, size)))
 
 
-def test_the_hand_count_tells_right_from_wrong(records):
+def test_the_count_by_hand_has_right_and_wrong_images(records):
     expected = count_by_hand(records)
     assert 0 < expected.top1_correct < expected.top5_correct < expected.images
 
@@ -124,7 +124,7 @@ def test_the_batch_size_changes_nothing(records, batch_size):
 
 
 @pytest.mark.parametrize("num_classes", [2, 4, 5])
-def test_up_to_five_classes_every_image_is_right_within_five(records, num_classes):
+def test_with_five_classes_or_fewer_top5_is_always_right(records, num_classes):
     few = replace(records, classes=records.classes[:num_classes], labels=records.labels % num_classes)
     found = evaluate_images(few).labels
     assert_counts(found, count_by_hand(few))
@@ -138,7 +138,7 @@ def test_percentages():
     assert all(math.isnan(value) for value in (nothing.top1, nothing.top5, nothing.loss))
 
 
-def test_the_model_comes_back_as_it_was(records):
+def test_the_model_is_left_unchanged(records):
     transform = EvalTransform((SIDE, SIDE), 1.0, "bicubic")
     for training in (True, False):
         model = small_model(7).train(training)
@@ -149,13 +149,13 @@ def test_the_model_comes_back_as_it_was(records):
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_stop_on_the_way_gives_no_numbers(records):
+def test_an_interrupted_evaluation_returns_no_numbers(records):
     asked = []
     assert evaluate_images(records, should_stop=lambda: asked.append(0) or len(asked) == 3) is None
     assert len(asked) == 3
 
 
-def test_oddities_are_counted(records):
+def test_unusual_images_are_counted(records):
     assert evaluate_images(records).notes == {"palette": 2}
 
 
@@ -163,7 +163,7 @@ def test_oddities_are_counted(records):
 
 
 def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageRecords) -> dict:
-    """Everything that is counted together, in one group."""
+    """All counts of one process group."""
     logged, handler = [], logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("volo").addHandler(handler)
@@ -187,7 +187,7 @@ def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageReco
 
 @pytest.fixture(scope="module")
 def broken(records, tmp_path_factory) -> ImageRecords:
-    """The images with the third and the last cut short."""
+    """The images, the third and the last truncated."""
     folder = tmp_path_factory.mktemp("broken")
     for i, name in enumerate(records.names):
         data = records.read(i)
@@ -219,14 +219,14 @@ def test_unreadable_images_are_left_out_and_counted(groups, records, broken, pro
         skipped = found["skipping"].skipped
         assert sorted(line.split(":")[0][-14:-4] for line in skipped) == ["l_00000003", "l_00000013"]
         assert "00000003.png" in found["failing"] or "00000013.png" in found["failing"]
-    # Image 2 is of the last of 3 ranks or the first of 2, image 12 of the first; a rank ends at its first one.
+    # Image 2 belongs to the last of 3 ranks or the first of 2, image 12 to the first; a rank stops at its first.
     images_read = {1: [], 2: [1, 0], 3: [1, 0, 1]}[processes]
     assert [len(found["logged at once"]) for found in groups[processes]] == (images_read or [0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_all_ranks_stop_where_one_does(groups, processes):
+def test_all_ranks_stop_if_one_does(groups, processes):
     assert [found["stopped on the last rank"] for found in groups[processes]] == [None] * processes
 
 
@@ -265,7 +265,7 @@ def test_46837_of_50000_count():
 
 
 class Table(nn.Module):
-    """Answers an image, whose first two channels spell its number, with that row of a table of logits [N, C]."""
+    """Return row n of a table of logits [N, C] for the image whose first two channels encode n."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -291,8 +291,8 @@ def numbered(numbers: np.ndarray) -> Batch:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_real_is_timms_on_drawn_predictions(seed):
-    """Right is any of an image's labels among the guesses; in timm's file order, and in another one here."""
+def test_real_equals_timms_on_random_predictions(seed):
+    """Correct is any of an image's labels among the predictions; timm in its file order, ours in another."""
     rng = np.random.default_rng(seed)
     count = 2000
     real = ReaLLabels(official(OFFICIAL[:count]))

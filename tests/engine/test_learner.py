@@ -18,7 +18,7 @@ from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World, broadcast_buffers
 
-# SGD's steps are as near to each other as the gradients are; Adam's are not, where a gradient is almost zero.
+# SGD's steps differ by as little as the gradients do; Adam's do not if a gradient is almost zero.
 SGD = {"name": "momentum", "weight_decay": 0.05}
 EVERYTHING_DRAWN = {
     "model": {"drop_path_rate": 0.3, "drop_rate": 0.2, "attn_drop_rate": 0.1},
@@ -41,7 +41,7 @@ def chunk(batch: Batch, index: int, size: int) -> Batch:
 
 
 def train(learner: Learner, batches: list[Batch], lr: float = 0.1, first: int = 0) -> dict:
-    """Take one step on each of the global ``batches``; return weights, average, losses and gradient norms."""
+    """Take one step on each of the global ``batches``; return weights, EMA, losses and gradient norms."""
     plan, rank = learner.layout, learner.world.rank
     losses, norms = [], []
     for step, batch in enumerate(batches, start=first):
@@ -74,7 +74,7 @@ def batches(make_batch):
 
 
 def freeze_batch_norm(learner: Learner) -> Learner:
-    """Normalise by running statistics: then the images of a pass do not see one another."""
+    """Normalise by running statistics, so that the images of a pass do not affect one another."""
     for module in learner.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -108,7 +108,7 @@ def test_a_step_is_a_function_of_seed_and_position(tiny_config, batches):
     second = train(make_learner(config), batches[:2])
     assert not differ(first["weights"], second["weights"]) and first["losses"] == second["losses"]
 
-    # Dropout alone, mixing alone: each draws other numbers at another place.
+    # Dropout alone, mixing alone: each draws other numbers at another step.
     for section in ("model", "mix"):
         learner = make_learner(
             tiny_config(train={"batch_size": 8}, **{"mix": {"mix_token": False}, section: EVERYTHING_DRAWN[section]})
@@ -118,7 +118,7 @@ def test_a_step_is_a_function_of_seed_and_position(tiny_config, batches):
         assert len(set(losses)) == 3, section
 
 
-def test_a_resumed_learner_goes_on_to_the_same_bits(tiny_config, batches, tmp_path):
+def test_a_resumed_learner_continues_to_the_same_bits(tiny_config, batches, tmp_path):
     changes = EVERYTHING_DRAWN | {"optim": {"clip_grad": 1.0}, "ema": {"enabled": True, "decay": 0.9, "warmup": True}}
     for precision in ("fp32", "fp16"):
         config = tiny_config(train={"batch_size": 8, "precision": precision}, **changes)
@@ -132,7 +132,7 @@ def test_a_resumed_learner_goes_on_to_the_same_bits(tiny_config, batches, tmp_pa
         assert rest["losses"] == through["losses"][1:] and rest["norms"] == through["norms"][1:]
 
 
-def test_a_run_may_go_on_in_another_precision_and_with_other_options(tiny_config, batches):
+def test_a_run_may_be_resumed_in_another_precision_and_with_other_options(tiny_config, batches):
     state = make_learner(tiny_config(train={"batch_size": 8})).state_dict()
     for precision in ("fp16", "bf16"):
         config = tiny_config(train={"batch_size": 8, "precision": precision}, optim={"weight_decay": 0.3})
@@ -142,7 +142,7 @@ def test_a_run_may_go_on_in_another_precision_and_with_other_options(tiny_config
     assert make_learner(tiny_config(), state=learner.state_dict()).scaler.state_dict() == {}
 
 
-def test_without_token_loss_the_token_head_is_left_alone(tiny_config, batches, caplog):
+def test_without_token_loss_the_token_head_is_unchanged(tiny_config, batches, caplog):
     config = tiny_config(train={"batch_size": 8}, loss={"dense_weight": 0.0})
     learner = make_learner(config)
     assert "loss.dense_weight is 0" in caplog.text
@@ -153,7 +153,7 @@ def test_without_token_loss_the_token_head_is_left_alone(tiny_config, batches, c
     assert not torch.equal(after["network.0.0.attn.v.weight"], before["network.0.0.attn.v.weight"])
 
 
-def test_what_does_not_change_the_weights(tiny_config, batches):
+def test_options_that_do_not_change_the_weights(tiny_config, batches):
     config = tiny_config(train={"batch_size": 8}, optim=SGD, ema={"enabled": True})
     expected = train(make_learner(config), batches)
     channels_last = replace(config, train=replace(config.train, channels_last=True))
@@ -173,7 +173,7 @@ def gradients_of_a_step(config: Config, batch: Batch) -> dict[str, torch.Tensor]
 
 
 def clip_adaptively(weight: torch.Tensor, gradient: torch.Tensor, factor: float) -> torch.Tensor:
-    """A unit's gradient is at most ``factor`` times as long as its weights (arXiv 2102.06171), by loops over units."""
+    """Clip the norm of each unit's gradient to ``factor`` times that of its weights (arXiv 2102.06171), by loops."""
     units = [...] if weight.ndim <= 1 else range(len(weight))
     clipped = gradient.clone()
     for unit in units:
@@ -245,10 +245,10 @@ def test_mixing_of_images_ends_with_its_epoch(tiny_config, batches):
 
 
 def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[Batch]) -> dict:
-    """Everything that needs two processes with a network, in one group."""
+    """All results that need two processes, from one process group."""
     results = {"one pass": train(make_learner(config, rank, size), batches)}
 
-    # Two passes: gradients are to travel with the last one only, and buffers to be rank 0's when asked for.
+    # Two passes: gradients are reduced in the last one only, and buffers become rank 0's when asked for.
     passes = replace(config, train=replace(config.train, device_batch_size=2))
     learner = make_learner(passes, rank, size)
     results["gradients"] = []
@@ -261,7 +261,7 @@ def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[B
     broadcast_buffers(learner.model)
     results["agreed"] = copy.deepcopy(learner.model.state_dict())
 
-    # Ranks that would begin with other weights all get rank 0's, and so do their averages.
+    # Ranks with other initial weights all get rank 0's, for the EMA as well.
     other = replace(config, train=replace(config.train, seed=100 + rank))
     learner = make_learner(other, rank, size)
     results["begin"] = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.ema.module.state_dict())
@@ -278,7 +278,7 @@ def pair(tiny_config, batches):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_two_passes(pair, batches):
+def test_two_processes_equal_one_with_two_passes(pair, batches):
     """All that is drawn, gradients and weights agree; BatchNorm's running statistics need not.
 
     Each pass normalises by its own images either way. One process sees both halves and updates its statistics
@@ -296,7 +296,7 @@ def test_two_processes_are_one_with_two_passes(pair, batches):
 
 
 @pytest.mark.slow
-def test_two_processes_with_two_passes_are_one_with_four(pair, batches):
+def test_two_processes_with_two_passes_equal_one_with_four(pair, batches):
     config, (main, _) = pair
     four = train(make_learner(replace(config, train=replace(config.train, device_batch_size=2))), batches)
     assert_close(main["two passes"]["weights"], four["weights"], statistics=False)
@@ -311,7 +311,7 @@ def test_the_ranks_hold_the_same_weights_to_the_bit(pair):
 
 
 @pytest.mark.slow
-def test_gradients_travel_with_the_last_pass_only(pair):
+def test_gradients_are_reduced_in_the_last_pass_only(pair):
     _, (main, other) = pair
     (before, after), (others_before, others_after) = main["gradients"], other["gradients"]
     assert all(not torch.equal(before[name], others_before[name]) for name in before)
@@ -319,7 +319,7 @@ def test_gradients_travel_with_the_last_pass_only(pair):
 
 
 @pytest.mark.slow
-def test_statistics_are_rank_0s_once_asked_for(pair):
+def test_statistics_become_rank_0s_when_asked_for(pair):
     _, (main, other) = pair
     assert differ(main["two passes"]["weights"], other["two passes"]["weights"])
     assert not differ(main["agreed"], other["agreed"])
@@ -327,7 +327,7 @@ def test_statistics_are_rank_0s_once_asked_for(pair):
 
 
 @pytest.mark.slow
-def test_ranks_begin_with_rank_0s_weights_and_average(pair, tiny_config):
+def test_ranks_start_with_rank_0s_weights_and_ema(pair, tiny_config):
     config, (main, other) = pair
     assert not differ(main["begin"][0], other["begin"][0])
     assert not differ(main["begin"][1], other["begin"][1])
@@ -336,7 +336,7 @@ def test_ranks_begin_with_rank_0s_weights_and_average(pair, tiny_config):
     assert differ(alone.model.state_dict(), other["begin"][0]), "rank 1 would have started with others"
 
 
-def test_sync_bn_is_refused_where_pytorch_has_none(tiny_config):
+def test_sync_bn_is_refused_on_devices_without_it(tiny_config):
     config = tiny_config(train={"batch_size": 8, "sync_bn": True})
     with pytest.raises(ValueError, match="train.sync_bn needs CUDA"):
         make_learner(config, rank=0, size=2)

@@ -91,7 +91,7 @@ class Stream:
     ],
 )
 def test_on_cuda_only_an_idle_device_waits(monkeypatch, clock, reading, computing, waited):
-    """The host is free at once after it launched a step, and waits for images while the device computes."""
+    """The host is free as soon as it has launched a step, and waits for images while the device computes."""
     stream = Stream()
     monkeypatch.setattr("torch.cuda.Event", stream.event)
 
@@ -137,7 +137,7 @@ def test_adding_never_waits_for_the_device():
 
 
 def of_ranks(rank: int, size: int) -> tuple:
-    """Rank r adds losses r and 2r; the last rank meets a loss that is not finite at step 3, in one term."""
+    """Rank r adds losses r and 2r; on the last rank one term of step 3 is not finite."""
     meters = make_meters()
     for value in (rank, 2 * rank):
         meters.add_pass(terms(float(value)), step=2)
@@ -151,7 +151,7 @@ def of_ranks(rank: int, size: int) -> tuple:
     return first, means["loss"], means["images_per_s"] > 0, 0 <= means["data_wait"] <= 1, meters.first_non_finite()
 
 
-def test_means_are_over_all_ranks_and_every_rank_hears_of_a_bad_loss():
+def test_means_are_over_all_ranks_and_every_rank_learns_of_a_bad_loss():
     for size, results in run_group(of_ranks, sizes=(3, 2)).items():
         expected = (None, 1.5 * sum(range(size)) / size, True, True, (3, ["loss", "loss_cls"]))
         assert results == [expected] * size
@@ -174,7 +174,7 @@ def test_hint_comes_once_after_half_a_minute_and_not_from_the_first_line():
 
 
 @pytest.mark.parametrize(("waited", "given"), [(2.99, False), (3.0, True), (30.0, True)])
-def test_hint_is_given_from_a_tenth_of_the_time_on(waited, given):
+def test_hint_is_given_above_a_tenth_of_the_time(waited, given):
     assert lines_with_hint(FAST, Throughput(100, 30.0, waited)) == [1] * given
 
 

@@ -1,4 +1,4 @@
-"""Label maps in a step: what MixUp, CutMix and MixToken make of pixels and of token targets is one and the same.
+"""Label maps in a step: MixUp, CutMix and MixToken do the same to pixels and to token targets.
 
 Every image has a brightness of its own and a teacher that is sure of a class of its own; so what is left of an image
 under a token can be read off the pixels, and has to be what is left of its class in the token's target.
@@ -30,7 +30,7 @@ WAYS = {
 
 
 def labelled(count: int, geometry: str = "aligned") -> Batch:
-    """Images of one brightness each; token 5 of image 0 sees nothing of it, where a token can."""
+    """Images of one brightness each; in geometries where a token can lie outside, token 5 of image 0 does."""
     valid = torch.ones(count, GRID * GRID, dtype=torch.bool)
     valid[0, 5] = geometry != "aligned"
     boxes = torch.tensor([[-0.5, -0.5, 0.5, 0.5]]).expand(count, 4)  # all of the map's one cell
@@ -79,7 +79,7 @@ def make_learner(tiny_config):
 
 
 def own_shares(inputs: Inputs, count: int) -> torch.Tensor:
-    """What the pixels under each token have left of their own image, [B, N], by their mean brightness."""
+    """Share of its own image in the pixels under each token, [B, N], by their mean brightness."""
     cell = SIDE // GRID
     seen = inputs.images[:, 0].reshape(count, GRID, cell, GRID, cell).mean((2, 4)).flatten(1) * 255
     own = BRIGHTNESS[:count, None].float()
@@ -127,7 +127,7 @@ def test_mixing_of_labels_ends_with_that_of_images(make_learner, way):
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_mix_token_takes_any_batch_and_leaves_targets_alone(make_learner, count):
-    """The network mixes its tokens and gives them back un-mixed; only the loss mixes, for the class token."""
+    """The network mixes its tokens and returns them un-mixed; only the loss mixes, for the class token."""
     learner = make_learner(mix={"mix_token": True})
     plain = make_learner().inputs(labelled(count), 0, 0, 0).targets.to_dense()
     for step in range(8):
@@ -145,7 +145,7 @@ def test_an_odd_batch_has_no_pairs(make_learner, count):
         make_learner(mix={"mixup": 1.0}).inputs(labelled(count), 0, 0, 0)
 
 
-def test_a_chunk_is_mixed_alike_wherever_it_is_computed(make_learner):
+def test_a_chunk_is_mixed_the_same_on_any_process(make_learner):
     """Pass 1 of one process is pass 0 of the second of two processes."""
     learner = make_learner(mix=WAYS["both"] | {"mode": "elem", "mix_token": True})
     here = [learner.inputs(labelled(4), 1, step, micro=1) for step in range(4)]

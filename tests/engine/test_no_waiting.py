@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 @pytest.fixture
 def generators_of_the_host(monkeypatch):
-    """The meta device has no generators; theirs would only fill tensors."""
+    """The meta device has no generators; use the host's."""
     make = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": make())
 

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and weight average, against timm's scheduler and arithmetic by hand."""
+"""Optimizer, schedule and EMA against timm's scheduler and arithmetic by hand."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from volo.models import create_model
 
 
 class Net(nn.Module):
-    """Weights of every kind: a matrix, vectors, an embedding that asks for no decay, BatchNorm buffers."""
+    """Weights of every kind: a matrix, vectors, an embedding without weight decay, BatchNorm buffers."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def train_a_step(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> dict[str, torch.Tensor]:
-    """One step on drawn numbers; return the gradients."""
+    """Take one step on random numbers; return the gradients."""
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
     net(x).pow(2).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -49,7 +49,7 @@ def train_a_step(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> dict[
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
-def test_every_epoch_is_timms(data):
+def test_every_epoch_equals_timms(data):
     epochs = data.draw(st.integers(1, 60), "epochs")
     warmup = data.draw(st.sampled_from([0, 1, epochs // 2, epochs]), "warmup")
     rates = st.floats(1e-9, 1.0)
@@ -74,10 +74,10 @@ def test_every_epoch_is_timms(data):
 @pytest.mark.parametrize(
     ("config", "lr", "expected"),
     [
-        # The published recipe: 20 epochs up from 1e-6, then the cosine of 300 epochs from where it is at epoch 20.
+        # The published recipe: 20 epochs of warm-up from 1e-6, then a cosine of 300 epochs from its value there.
         (ScheduleConfig(), 1.6e-3, {0: 1e-6, 10: 8.005e-4, 19: 1.52005e-3, 20: 1.582627e-3, 150: 8.05e-4}),
         (ScheduleConfig(), 1.6e-3, {299: 1.00436e-5, 300: 1e-5, 309: 1e-5}),
-        # Its fine-tuning: 30 epochs, 5 of them up.
+        # Its fine-tuning: 30 epochs, 5 of them warm-up.
         (ScheduleConfig(30, 5, 10, 1e-6, 4e-6), 8e-6, {0: 1e-6, 4: 6.6e-6, 5: 7.732051e-6, 15: 6e-6, 30: 4e-6}),
         (ScheduleConfig(10, 0, 0, 1e-6, 0.0), 1.0, {0: 1.0, 5: 0.5, 10: 0.0}),
         (ScheduleConfig(1, 1, 0, 1e-6, 0.0), 1.0, {0: 1e-6}),
@@ -88,7 +88,7 @@ def test_values_by_hand(config, lr, expected):
         assert learning_rate(config, lr, epoch) == pytest.approx(value, rel=1e-5), epoch
 
 
-def test_between_epochs_it_goes_on_smoothly():
+def test_between_epochs_it_is_smooth():
     config = ScheduleConfig(4, 2, 1, 0.0, 0.0)
     assert learning_rate(config, 1.0, 0.5) == pytest.approx(0.25)
     assert learning_rate(config, 1.0, 1.5) == pytest.approx(0.75)
@@ -131,7 +131,7 @@ def test_adamw_by_hand():
             second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
             corrected = first[name] / (1 - beta1**step), second[name] / (1 - beta2**step)
             weights[name] = weight - lr * corrected[0] / (corrected[1].sqrt() + eps)
-            # The forward of the next step starts from the float32 weights, so each step is compared on its own.
+            # The next step starts from the float32 weights, so each step is compared on its own.
             torch.testing.assert_close(net.get_parameter(name).detach().double(), weights[name], rtol=0, atol=2e-5)
 
 
@@ -145,7 +145,7 @@ def test_other_optimizers_of_timm_take_a_step(name):
     assert not torch.equal(net.linear.weight, before) and net.linear.weight.isfinite().all()
 
 
-def test_three_betas_where_the_optimizer_takes_them():
+def test_three_betas_for_an_optimizer_that_takes_three():
     net = Net()
     train_a_step(net, create_optimizer(net, OptimConfig(name="adan", betas=[0.98, 0.92, 0.99])), seed=0)
     with pytest.raises(ValueError, match="'adan' takes 3 betas.*optim.betas is"):
@@ -154,7 +154,7 @@ def test_three_betas_where_the_optimizer_takes_them():
         create_optimizer(net, OptimConfig(betas=[0.9, 0.9, 0.9]))
 
 
-def test_names_that_cannot_be():
+def test_unknown_optimizer_names():
     with pytest.raises(ValueError, match=r"optim.name 'adamv' is not one of timm's \d+ .*adam"):
         create_optimizer(Net(), OptimConfig(name="adamv"))
     with pytest.raises(ValueError, match="'lookahead_xyz'.*adamw"):
@@ -218,7 +218,7 @@ def test_without_nvidias_apex_the_message_says_what_to_do(install_apex, monkeypa
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_average_by_hand(warmup):
+def test_the_ema_by_hand(warmup):
     """Parameters and float buffers are averaged, counters copied; with warmup the decay is 1 - step^(-2/3)."""
     net = Net()
     ema = create_ema(net, EmaConfig(enabled=True, decay=0.75, warmup=warmup))
@@ -239,5 +239,5 @@ def test_the_average_by_hand(warmup):
     assert not ema.module.training
 
 
-def test_no_average_where_it_is_off():
+def test_no_ema_if_it_is_off():
     assert create_ema(Net(), EmaConfig()) is None

@@ -1,4 +1,4 @@
-"""What is drawn over a batch is what the loss sees; a picture comes out for every kind of batch."""
+"""The preview shows what the loss sees, and every kind of batch can be drawn."""
 
 import io
 
@@ -40,7 +40,7 @@ def test_synsets_are_shown_in_words():
 
 
 @pytest.mark.parametrize(("count", "grid"), [(1, (1, 1)), (3, (2, 5)), (4, (14, 14))])
-def test_a_picture_comes_out(count, grid):
+def test_every_batch_can_be_drawn(count, grid):
     rng = np.random.default_rng(0)
     images = rng.random((count, 20, 30, 3))
     tokens = grid[0] * grid[1]
@@ -67,7 +67,7 @@ def test_tokens_that_see_nothing_are_hatched_and_others_named():
     assert is_grey, "no colour of a class"
     white = (hatched.mean(2) > 200).mean()
     assert 0.02 < white < 0.5, "lines of a hatching"
-    # Slanted lines: every row and every column crosses some.
+    # Hatching: every row and every column crosses a line.
     assert (hatched.mean(2) > 150).any(0).all() and (hatched.mean(2) > 150).any(1).all()
 
 
