@@ -283,7 +283,8 @@ class OptimConfig:
     Args:
         name: Any optimizer of timm's create_optimizer_v2.
         implementation: "torch" (fused on CUDA if possible), or "apex": NVIDIA Apex's FusedAdam in AdamW mode.
-        lr: Learning rate at the end of warmup; it is not scaled by the batch size.
+        lr: Peak of the cosine and target of the warmup; with a warmup it is never quite reached, because the cosine
+            starts at epoch 0. It is not scaled by the batch size.
         weight_decay: Decoupled weight decay; not applied to biases, 1-D tensors, class token and position embedding.
         betas: Adam's two decay rates (some optimizers of timm take three).
         eps: Adam's epsilon.

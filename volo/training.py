@@ -119,7 +119,7 @@ def describe(trainer: Trainer, labels: LabelSource | None) -> str:
     if loader.left_out:
         rows.append(("left out", f"{loader.left_out} images per epoch, others each time (an incomplete last batch)"))
     if ignored := splits.train.ignored:
-        rows.append(("ignored", f"{ignored} training files that are hidden or have no suffix of an image"))
+        rows.append(("ignored", f"{ignored} training files that are hidden or without an image suffix"))
     if config.ema.enabled:
         horizon = 1 / (1 - config.ema.decay)
         span = f"about {horizon:,.0f} steps, {horizon / steps:.1f} epochs"

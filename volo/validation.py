@@ -289,7 +289,7 @@ def report_oddities(evaluation: Evaluation, dataset: Dataset) -> None:
     """Log what was unusual about the files, and which could not be read."""
     name, skipped = dataset.name, evaluation.skipped
     if ignored := dataset.records.ignored:
-        _logger.warning("%s: ignored %d files that are hidden or have no suffix of an image", name, ignored)
+        _logger.warning("%s: ignored %d files that are hidden or without an image suffix", name, ignored)
     for note, count in sorted(evaluation.notes.items()):
         _logger.info("%s: %d images: %s", name, count, note)
     if skipped:

@@ -20,11 +20,11 @@ from torch import nn
 
 from volo.data.dataset import Batch
 from volo.data.loader import eval_loader
-from volo.data.pixels.decode import UnreadableImage
 from volo.data.pixels.transforms import EvalTransform
 from volo.data.sources.base import FolderSource, PackedNames
 from volo.data.sources.records import ImageRecords, imagenet_classes
 from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
+from volo.runtime.errors import DataError
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -169,7 +169,7 @@ def shared_counts(rank: int, size: int, records: ImageRecords, broken: ImageReco
     logging.getLogger("volo").addHandler(handler)
     try:
         failure = evaluate_images(broken, rank=rank, size=size)
-    except UnreadableImage as error:
+    except DataError as error:
         failure = str(error)
     logging.getLogger("volo").removeHandler(handler)
     of_imagenet = replace(records, classes=imagenet_classes())

@@ -151,8 +151,8 @@ class TrainLoader:
         Workers read ahead into the next epoch.
 
         Raises:
-            UnreadableImage: A file of the next batch cannot be read, and ``on_error`` is "fail" or no replacement
-                could be read either; or a worker died or hangs (``WorkerFailed``).
+            DataError: A file of the next batch cannot be read, and ``on_error`` is "fail" or no replacement could be
+                read either (``UnreadableImage``); or a worker died or hangs (``WorkerFailed``).
         """
         passes = self.batches.passes_per_epoch
         for number in range(start_step * self.batches.micro_batches, passes):

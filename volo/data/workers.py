@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from volo.data.dataset import Batch, EvalImages, TrainImages
-from volo.data.pixels.decode import UnreadableImage
+from volo.runtime.errors import DataError
 
 PREFETCHED_BATCHES = 2  # per worker
 _GRACE_SECONDS = 60
@@ -33,7 +33,7 @@ _IDLE = -1
 _logger = logging.getLogger("volo")
 
 
-class WorkerFailed(UnreadableImage):
+class WorkerFailed(DataError):
     """A data worker died or hangs; the message is one line."""
 
 
@@ -52,8 +52,8 @@ class WorkerNotStarted(WorkerDied):
 class BatchReader:
     """Batches by number, read ahead by workers. Reading them in order is fast; any other number restarts the workers.
 
-    It must not be part of a reference cycle: workers end in order when the last reference to it goes. If the garbage
-    collector finds their queues first, ending each worker runs into a timeout.
+    It must not be part of a reference cycle: workers shut down cleanly when the last reference to it goes. If the
+    garbage collector finds their queues first, ending each worker runs into a timeout.
 
     Args:
         dataset: Gives samples by key, which is the index of an image or ends with it, the location of an image by

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from volo.data.dataset import Batch
 from volo.data.normalise import normalise_and_erase
-from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.records import ImageRecords
 from volo.runtime import distributed
+from volo.runtime.errors import DataError
 
 _logger = logging.getLogger("volo")
 
@@ -161,7 +161,7 @@ def evaluate(
         should_stop: Called before each batch; a signal makes it true.
 
     Raises:
-        UnreadableImage: On every rank, if the ``batches`` of any rank raise it.
+        DataError: On every rank, if the ``batches`` of any rank raise it.
     """
     was_training = model.training
     model.eval()
@@ -188,7 +188,7 @@ def evaluate(
     model.train(was_training)
 
     if everyone_unreadable := distributed.gather_lists(unreadable):
-        raise UnreadableImage(everyone_unreadable[0])
+        raise DataError(everyone_unreadable[0])
     if distributed.max_over_ranks([float(stopped)])[0]:
         return None
     everyone_notes: Counter[str] = Counter()
@@ -206,7 +206,7 @@ def _up_to_unreadable(batches: Iterable[Batch], reasons: list[str]) -> Iterator[
     """Yield ``batches`` up to one that cannot be read, and add the reason to ``reasons``."""
     try:
         yield from batches
-    except UnreadableImage as error:  # the other ranks have to learn of it before this one ends
+    except DataError as error:  # the other ranks have to learn of it before this one ends
         reasons.append(str(error))
         if distributed.world_size() > 1:  # they may take minutes to get there
             _logger.error("%s (the other processes finish their share first)", error)

@@ -19,7 +19,6 @@ from torch import nn
 from volo.cli import config_to_dict
 from volo.config import Config
 from volo.data.loader import EvalLoader, TrainLoader
-from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.records import Splits
 from volo.engine.checkpoint import TrainState
 from volo.engine.evaluate import Evaluation, evaluate
@@ -31,6 +30,7 @@ from volo.engine.run_folder import RunFolder, git_revision
 from volo.reporting import MetricsWriter, ProgressBar
 from volo.runtime import distributed
 from volo.runtime.distributed import World, processes_here, usable_cores, worker_count
+from volo.runtime.errors import DataError
 from volo.runtime.signals import StopRequest
 
 _logger = logging.getLogger("volo")
@@ -204,9 +204,9 @@ class Trainer:
                 channels_last=config.train.channels_last,
                 should_stop=lambda: self.stop.requested,
             )
-        except UnreadableImage as error:  # on every rank
+        except DataError as error:  # on every rank
             self._save()  # the epoch is complete; once the file is repaired, the run resumes from here
-            raise UnreadableImage(f"{error}. {self.run.checkpoints.last} has all that was trained") from error
+            raise DataError(f"{error}. {self.run.checkpoints.last} has all that was trained") from error
 
     @property
     def evaluated_weights(self) -> str:

@@ -7,3 +7,7 @@ class Failure(Exception):
 
 class UnusableFile(ValueError):
     """A file that is damaged or refused whatever the options are; exit code 1, even if found before any work."""
+
+
+class DataError(ValueError):
+    """Data that a run needs cannot be read: an unreadable image, or a failed data worker; the message is one line."""

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from volo.data.pixels import jpeg_region
 from volo.data.pixels.crop import Box
 from volo.data.pixels.jpeg import Frame, plain_frame, top
+from volo.runtime.errors import DataError
 
 # Suffixes of images (torchvision's list), each with the formats that it stands for.
 SUFFIX_FORMATS = {
@@ -49,7 +50,7 @@ _UPRIGHT = {
 }
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(DataError):
     """A file cannot be read or decoded; the message is one line with path and reason."""
 
 

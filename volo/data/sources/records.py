@@ -152,5 +152,5 @@ def require_known(folders: Sequence[str], index_of: dict[str, int], location: st
 
 
 def has_image_suffix(path: str) -> bool:
-    """Return whether a file has the suffix of an image."""
+    """Return whether a file has an image suffix."""
     return os.path.splitext(path)[1].lower() in SUFFIX_FORMATS
