@@ -33,6 +33,8 @@ def open_split(data: DataConfig, which: Literal["train", "val"]) -> Split:
         split, option, labels_file = data.val_split, 'data.val_split ("none" evaluates nothing)', data.val_labels
     root, split = data.root.removeprefix("file://"), split.removeprefix("file://")
     labels = LabelsOption(f"data.{which}_labels", labels_file)
+    if labels_file is not None and not os.path.exists(labels_file):  # found now, not once the images are listed
+        raise ValueError(f"{labels.name} is {labels_file!r}, which does not exist")
     if is_url(root) or is_url(split):
         if data.format not in ("auto", "tar"):
             url = split if is_url(split) else root

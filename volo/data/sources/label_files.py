@@ -29,12 +29,7 @@ class LabelsOption(NamedTuple):
     devkit: str | None = None
 
     def file_for(self, sorted_already: bool) -> str | None:
-        """Return the file that labels the images, or None if ``sorted_already`` into classes and no file is given.
-
-        Raises ValueError if the file that is given does not exist.
-        """
-        if self.file is not None and not os.path.exists(self.file):
-            raise ValueError(f"{self.name} is {self.file!r}, which does not exist")
+        """Return the file that labels the images, or None if ``sorted_already`` into classes and no file is given."""
         return self.file or (None if sorted_already else self.devkit)
 
 
