@@ -39,7 +39,9 @@ def test_compiled_run_has_the_numbers_of_the_eager_run(tmp_path):
         assert one == pytest.approx(other, rel=1e-3)
 
     words = (*words, "--checkpoint", "runs/compiled/last.pt", "--output", "out")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "validate_cache")}
     programs.run(VALIDATE, *words, cwd=tmp_path, **cache).assert_done()
+    assert list((tmp_path / "validate_cache").rglob("*.py")), "nothing was compiled"
     with open(tmp_path / "out/results.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["top1"]) == eager[-1]["val/top1"]
