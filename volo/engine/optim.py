@@ -121,7 +121,7 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
 
 
 def learning_rate(config: ScheduleConfig, lr: float, epoch: float) -> float:
-    """Return the learning rate at ``epoch`` (from 0; fractional in per-step mode); ``lr`` is its peak.
+    """Return the learning rate at ``epoch`` (from 0; fractional in per-step mode), the cosine peaking at ``lr``.
 
     Linear warmup from ``warmup_lr``; then the cosine as if it had run from epoch 0, so nothing is shifted by the
     warmup; ``min_lr`` from ``epochs`` on. A pure function: resuming needs no scheduler state.
