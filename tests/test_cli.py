@@ -149,7 +149,7 @@ def test_shortened_names_are_refused(error_of, words):
         ("optim: {lr: 1}\ntrain: {seed: 1}\noptim: {eps: 1}\n", "optim is given twice, again in line 3"),
         ("optim:\n  lr: 1\n  eps: 1\n  lr: 2\n", "optim.lr is given twice, again in line 4"),
         ("ema:\n  enabled: 3\n", "ema.enabled is 3; it takes bool"),
-        ("model:\n  layers: 4\n", "model.layers is 4; it takes list[int] | None"),
+        ("model:\n  layers: 4\n", "model.layers is 4; it takes list[int]"),
         ("data:\n  on_error: ignore\n", "data.on_error is ignore; it takes fail or skip"),
     ],
 )
@@ -169,6 +169,7 @@ def test_a_recipe_that_is_not_there(error_of, tmp_path):
         (["--optim.lr", "nan"], "optim.lr"),
         (["--optim.lr=-1e-3"], "optim.lr is -0.001"),
         (["--optim.betas", "[0.9]"], "optim.betas"),
+        (["--train.channels_last", "yea"], "train.channels_last is yea; it takes auto or bool"),
         (["--train.precision", "fp8"], "train.precision is fp8; it takes auto or fp32 or bf16 or fp16 or apex_o1"),
         (["--model.layers", "[1,x]"], "model.layers"),
         (["--model.img_size", "[224]"], "model.img_size is [224]"),

@@ -19,6 +19,7 @@ from volo.models import create_model, load_checkpoint
 from volo.models.volo import VOLO
 from volo.runtime import distributed
 from volo.runtime.distributed import World, processes_here, worker_count
+from volo.runtime.memory_format import convolutions_to_channels_last, wants_channels_last
 from volo.runtime.rng import torch_seed
 from volo.token_labels.source import LabelSource
 
@@ -73,8 +74,10 @@ def make_network(config: Config, world: World, state: dict | None = None) -> VOL
             raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     model.set_recompute(config.train.recompute)
-    memory_format = torch.channels_last if config.train.channels_last else torch.preserve_format
-    return model.to(world.device).to(memory_format=memory_format)
+    model.to(world.device)
+    if wants_channels_last(config.train.channels_last, world.device):
+        convolutions_to_channels_last(model)
+    return model
 
 
 def load_splits(config: Config) -> Splits:

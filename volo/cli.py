@@ -9,7 +9,8 @@ import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -183,15 +184,21 @@ def _in_one_line(message: str, options_class: type) -> str:
         hints = get_type_hints(hints[key[1]]) if key[1] in hints else {}
     if not key or not value or key[2] not in hints:
         return " ".join(message.split())
-    kind = hints[key[2]]
-    if get_origin(kind) is Literal:
-        wanted = " or ".join(get_args(kind))
-    else:
-        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    wanted = _in_words(hints[key[2]])
     name = f"{key[1]}.{key[2]}" if key[1] else f"--{key[2]}"
     if new := RENAMED_VALUES.get((key[1], key[2]), {}).get(value[1].strip("'")):
         return f"{name} {value[1]} is now called {new}; it takes {wanted}"
     return f"{name} is {value[1]}; it takes {wanted}"
+
+
+def _in_words(kind) -> str:
+    """Return the type of an option as an error message says it; None, which an unset option is, is left out."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in args if part is not type(None))
+    return str(kind) if args else kind.__name__
 
 
 def upgraded(values: dict) -> dict:

@@ -410,7 +410,8 @@ class TrainConfig:
             run, else "eager", the operator in plain PyTorch; "native" fails if it cannot run.
         recompute: Activation checkpointing: recompute "none", "cheap" activations (costs a few percent of a step and
             halves the memory), or whole "blocks" from their inputs.
-        channels_last: Keep image tensors in channels-last memory order.
+        channels_last: Keep images and the weights of convolutions in channels-last memory order; "auto" does so
+            on CUDA.
         sync_bn: Synchronise BatchNorm statistics over all processes in every step.
         output: Folder that holds run folders.
         name: Name of the run folder; empty takes the model and resolution.
@@ -429,7 +430,7 @@ class TrainConfig:
     compile: bool = False
     kernel: Literal["auto", "eager", "native"] = "auto"
     recompute: Literal["none", "cheap", "blocks"] = "cheap"
-    channels_last: bool = False
+    channels_last: Literal["auto"] | bool = "auto"
     sync_bn: bool = False
     output: str = "runs"
     name: str = ""

@@ -25,6 +25,7 @@ from volo.published_results import PublishedTop1, published_top1
 from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
 from volo.runtime.distributed import World
+from volo.runtime.memory_format import convolutions_to_channels_last, wants_channels_last
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, checking_usage
 from volo.runtime.rng import torch_seed
@@ -67,8 +68,8 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
             require_shared_memory(config, None, dataset.records)
         backend = Backend(config.augment.backend)
         kernel = model.to(world.device).set_kernel(config.train.kernel, precision.dtype)
-    if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)
+    if wants_channels_last(config.train.channels_last, world.device):
+        convolutions_to_channels_last(model)
     if config.train.compile:
         model.compile()
 
@@ -263,7 +264,7 @@ def evaluate_dataset(model: VOLO, dataset: Dataset, config: Config, precision: P
         config.augment.mean,
         config.augment.std,
         autocast=precision.autocast,
-        channels_last=config.train.channels_last,
+        channels_last=wants_channels_last(config.train.channels_last, world.device),
         real=dataset.real,
         on_batch=bar.update,
     )

@@ -132,6 +132,31 @@ def test_a_resumed_learner_continues_to_the_same_bits(tiny_config, batches, tmp_
         assert rest["losses"] == through["losses"][1:] and rest["norms"] == through["norms"][1:]
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_may_be_resumed_in_another_memory_order(tiny_config, batches, before):
+    learner = {c: make_learner(tiny_config(train={"batch_size": 8, "channels_last": c})) for c in (False, True)}
+    for each in learner.values():
+        train(each, batches[:1], lr=1e-3)
+    through, state = learner[before], copy.deepcopy(learner[before].state_dict())
+    resumed = make_learner(tiny_config(train={"batch_size": 8, "channels_last": not before}), state=state)
+    for parameter, values in resumed.optimizer.state.items():
+        for value in values.values():
+            assert value.shape != parameter.shape or value.stride() == parameter.stride()
+    rest = [train(each, batches[1:], lr=1e-3, first=1)["weights"] for each in (resumed, through)]
+    assert_close(*rest, atol=1e-5)
+
+
+def test_channels_last_is_for_convolutions_alone(tiny_config):
+    model = make_learner(tiny_config(train={"channels_last": True})).model
+    orders = {
+        name: parameter.is_contiguous(memory_format=torch.channels_last) and not parameter.is_contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 4 and parameter[0, 0].numel() > 1
+    }
+    assert orders.pop("pos_embed") is False
+    assert orders and all(orders.values()), orders
+
+
 def test_a_run_may_be_resumed_in_another_precision_and_with_other_options(tiny_config, batches):
     state = make_learner(tiny_config(train={"batch_size": 8})).state_dict()
     for precision in ("fp16", "bf16"):

@@ -24,6 +24,7 @@ from volo.losses import LossTerms, TokenLabelLoss
 from volo.models.volo import VOLO
 from volo.runtime import distributed
 from volo.runtime.distributed import World
+from volo.runtime.memory_format import wants_channels_last
 from volo.runtime.precision import Precision, apex_initialise, require_apex_amp
 from volo.runtime.rng import generator, torch_seed
 from volo.token_labels.aligned import AlignedMaps
@@ -62,6 +63,7 @@ class Learner:
         """
         self.config, self.world, self.layout = config, world, layout
         self.precision = Precision.resolve(config.train.precision, world.device)
+        self.channels_last = wants_channels_last(config.train.channels_last, world.device)
         self.model = model
         self.kernel = self.model.set_kernel(config.train.kernel, self.precision.dtype)
         self.grid = self.model.grid_size
@@ -125,7 +127,7 @@ class Learner:
         """Return the inputs of pass ``micro`` of a step; every draw is keyed by its position."""
         config, device = self.config, self.world.device
         images, labels = normalise_and_erase(
-            batch, device, config.augment.mean, config.augment.std, channels_last=config.train.channels_last
+            batch, device, config.augment.mean, config.augment.std, channels_last=self.channels_last
         )  # [B, 3, H, W], [B]
         targets = self._targets(batch, labels)
         rng = generator(config.train.seed, "mix", epoch, step, micro * self.world.size + self.world.rank)

@@ -77,12 +77,18 @@ def check_optimizer(config: OptimConfig) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load ``state``, but keep the weight decay, betas and eps that the optimizer was made with.
 
-    torch takes them from the checkpoint, which would override what the user changed for the resumed run.
+    torch takes them from the checkpoint, which would override what the user changed for the resumed run. It also takes
+    the memory order of every tensor from there, and a fused step reads all tensors of a parameter in the parameter's
+    order: a checkpoint of a run with another train.channels_last would pair weights with averages of other weights.
     """
     kept = [{k: g[k] for k in ("weight_decay", "betas", "eps") if k in g} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, options in zip(optimizer.param_groups, kept, strict=True):
         group.update(options)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _fused_adam(model: VOLO, config: OptimConfig) -> torch.optim.Optimizer:

@@ -201,7 +201,7 @@ class Trainer:
                 config.augment.mean,
                 config.augment.std,
                 autocast=self.learner.precision.autocast,
-                channels_last=config.train.channels_last,
+                channels_last=self.learner.channels_last,
                 should_stop=lambda: self.stop.requested,
             )
         except DataError as error:  # on every rank

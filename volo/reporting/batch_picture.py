@@ -91,7 +91,7 @@ def _draw_tokens(
     left, top, right, bottom = box
     rows, columns = tokens.grid
     draw.rectangle((left, top, right - 1, bottom - 1), (255, 255, 255, 64))  # paler, so that the names can be read
-    lines_x, lines_y = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
+    lines_x, lines_y = np.linspace(left, right, columns + 1).tolist(), np.linspace(top, bottom, rows + 1).tolist()
     common = [c for c, _ in Counter(tokens.classes[i][tokens.valid[i]].tolist()).most_common(len(_COLOURS))]
     colour_of = dict(zip(common, _COLOURS, strict=False))
     font = ImageFont.load_default(min(20.0, (right - left) / columns / 4))  # a short name fits into a cell

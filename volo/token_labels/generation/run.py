@@ -25,6 +25,7 @@ from volo.reporting import ProgressBar, setup_logging
 from volo.runtime import distributed
 from volo.runtime.distributed import World, worker_count
 from volo.runtime.files import write_atomic
+from volo.runtime.memory_format import convolutions_to_channels_last
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
 from volo.runtime.signals import StopRequest
@@ -123,7 +124,7 @@ def prepare_teacher(
     )
     teacher.model.to(device)
     if device.type == "cuda":
-        teacher.model.to(memory_format=torch.channels_last)
+        convolutions_to_channels_last(teacher.model)
     if options.random_weights:
         _logger.warning("random weights: the labels are meaningless")
     return teacher, teacher.check(device)
