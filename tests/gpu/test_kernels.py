@@ -21,7 +21,6 @@ CASES = [
     (3, 14, 70, 2, 48, WINDOW),
     (2, 15, 13, 2, 16, {"kernel_size": 3, "stride": 1, "padding": 1}),
     (2, 9, 10, 2, 17, {"kernel_size": 3, "stride": 3, "padding": 1}),
-    (2, 12, 12, 2, 32, {"kernel_size": 5, "stride": 2, "padding": 2}),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Largest error allowed, relative to the largest entry of the exact result.

@@ -1,8 +1,10 @@
 """The outlook operator against loops that follow the paper's words, and its gradients."""
 
+import copy
 import doctest
 import importlib
 import math
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from volo.models import create_model, outlook_attention
-from volo.models.kernels import cuda
-from volo.models.outlook_attention import _unavailable_reason
+from volo.models.kernels import cpu, cuda
+from volo.models.outlook_attention import _KERNELS, _unavailable_reason
 
 KERNELS = ["eager", "native"]
 
@@ -236,15 +238,84 @@ def test_network_says_what_it_took(make_small):
         dropping.set_kernel("native")
 
 
-def test_shapes_that_the_cuda_kernel_does_not_take_are_told_at_once(make_small, monkeypatch):
-    model = make_small(img_size=64, outlook_kernel=5, outlook_padding=2, embed_dims=(256, 24, 24))  # heads of 128
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+@pytest.fixture
+def fresh_choice():
+    """Let the next question about the native kernel be the first, and forget what it was answered."""
     _unavailable_reason.cache_clear()
+    yield
+    _unavailable_reason.cache_clear()
+
+
+def failing(*arguments):
+    raise subprocess.CalledProcessError(1, ["gcc", "main.c"])  # Triton's, where Python.h is missing
+
+
+def wrong_in_one_cell(*arguments):
+    out = cpu.forward(*arguments)
+    out[-1, -1, -1, -1] += 0.1
+    return out
+
+
+def without_logits(grad, value, logits, *window):
+    return cpu.backward(grad, value, logits, *window)[0], torch.full_like(logits, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in", "reason"),
+    [
+        ("forward", failing, "Its trial run failed with CalledProcessError: Command '['gcc', 'main.c']'"),
+        ("forward", wrong_in_one_cell, "Its trial run differs from the eager operator by 0.0"),
+        ("backward", without_logits, "Its trial run differs from the eager operator by nan"),
+    ],
+)
+def test_a_kernel_that_fails_its_trial_is_not_chosen(make_small, monkeypatch, fresh_choice, name, stand_in, reason):
+    kernel = SimpleNamespace(forward=cpu.forward, backward=cpu.backward, unavailable_reason=lambda: None)
+    setattr(kernel, name, stand_in)
+    monkeypatch.setitem(_KERNELS, "cpu", kernel)
+    model, images = make_small(), torch.randn(1, 3, 32, 32)
+    assert model.set_kernel("auto").startswith(f"eager. {reason}")
+    assert model(images).cls.isfinite().all()
+    with pytest.raises(ValueError, match="cannot be used: Its trial run"):
+        model.set_kernel("native")
+    model.eval()
+    for block in model.network[0]:
+        block.attn.kernel = "auto"  # of a model whose kernel nobody chose
+    torch.testing.assert_close(model(images), create_like(model)(images))
+
+
+def create_like(model):
+    """Return the same network with the eager operator."""
+    other = copy.deepcopy(model)
+    other.set_kernel("eager")
+    return other
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "inference mode", "autocast", "no_grad"])
+def test_the_trial_is_independent_of_what_surrounds_it(make_small, fresh_choice, how):
+    model, images = make_small().eval(), torch.randn(1, 3, 32, 32)
+    state = torch.get_rng_state()
+    if how == "compile":
+        torch.compile(model, fullgraph=True, backend="eager")(images)
+    elif how == "export":
+        torch.export.export(model, (images,))
+    else:
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with {"inference mode": torch.inference_mode(), "autocast": autocast, "no_grad": torch.no_grad()}[how]:
+            model(images)
+    assert torch.equal(torch.get_rng_state(), state)
+    asked = _unavailable_reason.cache_info().misses
+    assert asked > 0
+    assert all(layer.unavailable_reason("cpu", torch.float32) is None for layer in (b.attn for b in model.network[0]))
+    assert _unavailable_reason.cache_info().misses == asked + (how == "autocast")
+
+
+def test_shapes_that_the_cuda_kernel_does_not_take_are_told_at_once(make_small, monkeypatch, fresh_choice):
+    model = make_small(img_size=64, embed_dims=(512, 24, 24))  # heads of 256
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     del model.pos_embed
     model.pos_embed = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     said = model.set_kernel("auto", torch.bfloat16)
-    assert said.startswith("eager. It does not take windows") and "128 torch.bfloat16" in said
+    assert said.startswith("eager. It does not take windows") and "256 torch.bfloat16" in said
     assert {block.attn.kernel for block in model.network[0]} == {"eager"}
     with pytest.raises(ValueError, match="It does not take windows"):
         model.set_kernel("native")
-    _unavailable_reason.cache_clear()

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from volo.models.kernels import cpu, cuda
 
@@ -123,6 +124,8 @@ def _eager(
 
 
 _KERNELS = {"cpu": cpu, "cuda": cuda}
+# What a trial run may be off by, as a share of the largest value: rounding, with room, but no wrong element.
+_TRIAL_ERRORS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def unavailable_reason(
@@ -156,7 +159,48 @@ def _unavailable_reason(
     reason = _KERNELS[device_type].unavailable_reason()
     if reason is None and device_type == "cuda" and not cuda.supports(*window, head_dim, dtype):
         return f"It does not take windows of kernel, stride, padding {window} with heads of {head_dim} {dtype} channels"
-    return reason
+    return reason or _failed_trial(device_type, window, head_dim, dtype)
+
+
+def _failed_trial(device_type: str, window: tuple[int, int, int], head_dim: int, dtype: torch.dtype) -> str | None:
+    """Run the native kernel once on little data; return None if it agrees with the eager operator, else a reason.
+
+    Nothing short of a run finds a compiler without the headers it needs, a driver that is too old for the code, or
+    code that this compiler gets wrong.
+    """
+    limit = _TRIAL_ERRORS.get(dtype, 1e-6)
+    try:
+        # A model may be asked for the first time while it is traced, or in inference mode.
+        with _disable_current_modes(), torch.inference_mode(False):  # which enables gradients, too
+            error = _trial_error(torch.device(device_type), window, head_dim, dtype)
+    except Exception as failure:  # whatever a compiler, a driver or a launch may raise
+        message = " ".join(f"{type(failure).__name__}: {failure}".split())
+        return f"Its trial run failed with {message[:300]}"
+    if not error <= limit:  # nan, too
+        return (
+            f"Its trial run differs from the eager operator by {error:.2g} of the largest value; {limit:g} is allowed"
+        )
+    return None
+
+
+def _trial_error(device: torch.device, window: tuple[int, int, int], head_dim: int, dtype: torch.dtype) -> float:
+    """Return the largest error of the native kernel's output and gradients, relative to the largest expected value."""
+    kernel_size, stride, padding = window
+    heads, side = 2, kernel_size + 2 * stride
+    windows = (side + 2 * padding - kernel_size) // stride + 1
+    generator = torch.Generator().manual_seed(0)  # the global one is left alone
+    grid = (2, side, side, heads * head_dim)
+    shapes = (grid, grid, (2, windows, windows, heads * kernel_size**4))
+    ours = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    theirs = [x.double().cpu() for x in ours]
+    results = []
+    for (grad, *inputs), operator, options in ((ours, _native, ()), (theirs, _eager, (0.0,))):
+        value, logits = (x.requires_grad_() for x in inputs)
+        output = operator(value, logits, heads, kernel_size, stride, padding, *options)
+        (output * grad).sum().backward()
+        results.append([output.detach(), value.grad, logits.grad])
+    errors = [(a.double().cpu() - b).abs().max() / b.abs().max().clamp_min(1e-3) for a, b in zip(*results, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 # The operators are not made with torch.library.custom_op because its first call imports the compiler.

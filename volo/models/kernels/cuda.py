@@ -77,10 +77,11 @@ def unavailable_reason() -> str | None:
 def supports(kernel_size: int, stride: int, padding: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether there is a kernel for these windows; any grid, batch and number of heads is fine then.
 
-    Not every GPU has the shared memory for larger windows or heads: kernel 3 takes heads of up to 64 channels in fp32
-    and 128 in 16-bit types, kernel 5 half of that. VOLO has kernel 3 and 32 channels.
+    Heads of up to 64 channels in fp32 and 128 in 16-bit types fit the shared memory of every GPU. Windows larger than
+    3 x 3 are refused: compiled for them, a thread spills up to 3.7 KB of registers, and they have not been timed
+    against the eager operator. VOLO has kernel 3 and 32 channels.
     """
-    if dtype not in _DTYPES or kernel_size > 5:
+    if dtype not in _DTYPES or kernel_size > 3:
         return False
     room = min(_room(kernel_size, head_dim, dtype.itemsize, direction) for direction in ("forward", "backward"))
     return room >= _FEWEST_LANES and room > sum(_reach(kernel_size, stride, padding))
