@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from volo.runtime.network import choose_gloo_interface
+
 
 @dataclass(frozen=True)
 class World:
@@ -83,7 +85,7 @@ def initialise(device_choice: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 
     Raises:
-        ValueError: The device is missing.
+        ValueError: The device is missing, or no network leads to the other machines.
         RendezvousFailed: The processes did not find one another.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -92,16 +94,19 @@ def initialise(device_choice: str = "auto") -> World:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return World(rank=0, size=1, local_rank=0, device=device)
+    if int(os.environ["WORLD_SIZE"]) > processes_here():
+        choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except RuntimeError as error:  # of the store and of gloo; torch's own classes for them derive from it
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
         raise RendezvousFailed(
-            f"the rendezvous at {address} failed: {reason}. If the port is in use, set MASTER_PORT to a free one; on "
-            "a single machine torchrun --standalone picks one"
+            f"the rendezvous at {address} through {interface} failed: {str(error).splitlines()[0]}. If the port is in "
+            "use, set MASTER_PORT to a free one; on a single machine torchrun --standalone picks one. If the machines "
+            "share another network, name its interface in GLOO_SOCKET_IFNAME"
         ) from error
     # A rank that failed at its first check would take the rendezvous down while others are still joining.
     barrier()
