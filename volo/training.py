@@ -19,7 +19,6 @@ from volo.build import (
 from volo.config import Config
 from volo.data.pixels.transforms import Backend, TrainTransform
 from volo.engine.batch_layout import BatchLayout
-from volo.engine.checkpoint import read_own_checkpoint
 from volo.engine.learner import Learner
 from volo.engine.optim import check_optimizer
 from volo.engine.run_folder import RunFolder, check_same_images, git_revision
@@ -38,37 +37,45 @@ _logger = logging.getLogger("volo")
 def run_training(config: Config) -> int:
     """Train as ``config`` says; return the exit code (see :mod:`volo.runtime.program`)."""
     with checking_usage():
-        world = distributed.initialise(config.train.device)
-        check_options(config, world)
-        setup_logging(None, world.is_main, world.rank)  # listing the images may take minutes
-        splits = distributed.on_main(lambda: load_splits(config))
-
-        run = RunFolder(config)
-        distributed.on_main(run.create)
-        setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
-        path, checkpoint = find_checkpoint(run, config, world)
-        if checkpoint is not None:
-            check_same_images(checkpoint, splits, config.train.batch_size)
-
-        layout = BatchLayout.of(config, world.size)
-        require_shared_memory(config, layout, splits.val)
-        learner = Learner(config, world, layout, make_network(config, world, checkpoint), checkpoint)
-        labels = open_token_labels(config, splits, learner.grid, world.is_main)
-        loader = make_train_loader(config, splits.train, world, layout, labels)
-        val_loader = make_eval_loader(config, splits.val, world) if splits.val is not None else None
-        trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint)
-        distributed.on_main(lambda: run.write_config(config))
-    _logger.info("%s", describe(trainer, labels))
-    if path is not None:
-        _logger.info("resuming from %s: epoch %d, step %d", path, trainer.state.epoch, trainer.state.step)
-
+        trainer = set_up(config)
     trainer.show_batch()
     finished = trainer.fit()
-    if world.is_main:
-        plot_curves(run.metrics, run.curves, title=run.path.name)
+    if trainer.world.is_main:
+        plot_curves(trainer.run.metrics, trainer.run.curves, title=trainer.run.path.name)
         if finished:
             _logger.info("%s", closing_words(trainer))
     return DONE if finished else STOPPED
+
+
+def set_up(config: Config) -> Trainer:
+    """Join the other processes and make everything that a run needs, from the newest checkpoint if there is one.
+
+    Raises ValueError for what the user has to correct.
+    """
+    world = distributed.initialise(config.train.device)
+    check_options(config, world)
+    setup_logging(None, world.is_main, world.rank)  # listing the images may take minutes
+    splits = distributed.on_main(lambda: load_splits(config))
+
+    run = RunFolder(config)
+    distributed.on_main(run.create)
+    setup_logging(run.path if world.is_main else None, world.is_main, world.rank)
+    path, checkpoint = find_checkpoint(run, config)
+    if checkpoint is not None:
+        check_same_images(checkpoint, splits, config.train.batch_size)
+
+    layout = BatchLayout.of(config, world.size)
+    require_shared_memory(config, layout, splits.val)
+    learner = Learner(config, world, layout, make_network(config, world, checkpoint), checkpoint)
+    labels = open_token_labels(config, splits, learner.grid, world.is_main)
+    loader = make_train_loader(config, splits.train, world, layout, labels)
+    val_loader = make_eval_loader(config, splits.val, world) if splits.val is not None else None
+    trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint)
+    distributed.on_main(lambda: run.write_config(config))
+    _logger.info("%s", describe(trainer, labels))
+    if path is not None:
+        _logger.info("resuming from %s: epoch %d, step %d", path, trainer.state.epoch, trainer.state.step)
+    return trainer
 
 
 def check_options(config: Config, world: World) -> None:
@@ -81,19 +88,23 @@ def check_options(config: Config, world: World) -> None:
     with torch.device("meta"):  # shapes without numbers: enough to check the architecture and the image size
         build_model(config.model)
     files = {"model.checkpoint": config.model.checkpoint, "token_label.root": config.token_label.root}
-    if config.train.resume not in ("auto", "never"):
+    if config.train.resume not in ("auto", "never") and world.is_main:  # who alone reads it
         files["train.resume"] = config.train.resume
     for name, path in files.items():
         if path and not Path(path).exists():
             raise ValueError(f"{name}: {path} does not exist")
 
 
-def find_checkpoint(run: RunFolder, config: Config, world: World) -> tuple[Path, dict] | tuple[None, None]:
-    """Let rank 0 choose the checkpoint, which every rank reads; return its path and content, or (None, None)."""
-    found = distributed.on_main(lambda: run.find_checkpoint(config), share=lambda f: f and f[0])
+def find_checkpoint(run: RunFolder, config: Config) -> tuple[Path | None, dict | None]:
+    """Return the path and content of the checkpoint to resume from, or (None, None).
+
+    Rank 0 chooses it, reads it and sends it to the others: on other machines the run folder need not exist.
+    """
+    found = distributed.on_main(lambda: run.find_checkpoint(config), share=lambda f: f and (f[0], None))
     if found is None:
         return None, None
-    return found if world.is_main else (found, read_own_checkpoint(found))
+    path, state = found
+    return path, distributed.broadcast_state(state)
 
 
 def describe(trainer: Trainer, labels: LabelSource | None) -> str:

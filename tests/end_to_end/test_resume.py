@@ -15,7 +15,7 @@ import numpy as np
 import programs
 import pytest
 import torch
-from programs import FAILED, LAUNCHER, STOPPED, TRAIN
+from programs import FAILED, LAUNCHER, ROOT, STOPPED, TRAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
@@ -197,6 +197,59 @@ def test_signal_to_one_of_three_processes_stops_all(recipe, straight_on_three, t
     assert 1 <= progress["global_step"] <= STEPS
     resume(tmp_path, recipe, ranks=3)
     assert_same_run(tmp_path / "runs/run", straight_on_three)
+
+
+def test_machines_that_do_not_share_the_run_folder(recipe, stopped, tmp_path):
+    """Rank 0 has the checkpoint; the other machine has nothing."""
+    folders = [tmp_path / name for name in ("one machine", "first", "second")]
+    for folder in folders[:2]:
+        shutil.copytree(stopped, folder)
+    folders[2].mkdir()
+    resume(folders[0], recipe, ranks=2)
+    rendezvous = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port())}
+    options = {"PYTHON": sys.executable} | rendezvous
+    nodes = [
+        programs.launch(LAUNCHER, 1, "--config", recipe, cwd=folder, NODE_RANK=str(rank), **options)
+        for rank, folder in enumerate(folders[1:])
+    ]
+    for node in nodes:
+        programs.finish(node).assert_done()
+    assert_same_run(folders[0] / "runs/run", folders[1] / "runs/run")
+    assert not list(folders[2].iterdir())
+
+
+_ALIVE = """
+import gc, sys, weakref
+from volo.cli import build_parser, parse
+from volo.engine.trainer import Trainer
+from volo.runtime import distributed
+from volo.training import run_training
+
+tensors = {}
+
+def watched(state, send=distributed.broadcast_state):
+    for part in ("state_dict", "state_dict_ema"):
+        tensors.update({(part, name): weakref.ref(tensor) for name, tensor in state[part].items()})
+    return send(state)
+
+def fit(self):
+    gc.collect()
+    print(len(tensors), "read,", sum(tensor() is not None for tensor in tensors.values()), "kept")
+    return False
+
+distributed.broadcast_state, Trainer.fit = watched, fit
+run_training(parse(build_parser("train.py", ""), sys.argv[1:])[0])
+"""
+
+
+def test_what_was_read_to_resume_is_not_kept_in_memory(recipe, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    ended = programs.finish(
+        programs.launch(sys.executable, "-c", _ALIVE, "--config", recipe, cwd=tmp_path / "run", PYTHONPATH=str(ROOT))
+    )
+    ended.assert_done()
+    words = ended.out.splitlines()[-1].split()
+    assert int(words[0]) > 100 and words[1:] == ["read,", "0", "kept"]
 
 
 def test_stop_through_the_launcher(recipe, straight_on_three, tmp_path):

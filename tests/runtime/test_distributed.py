@@ -1,5 +1,6 @@
 """What ranks do together, in real groups of two and three processes over gloo, and alone."""
 
+import math
 import os
 
 import pytest
@@ -84,8 +85,38 @@ def votes(rank: int, size: int) -> dict:
     }
 
 
+def awkward_state() -> dict:
+    """Containers, and tensors of many types, without elements, without dimensions, in other orders, and shared."""
+    shared = torch.arange(3)
+    return {
+        "floats": [torch.tensor([1.5, math.nan]), torch.tensor(-0.0), torch.ones(2, dtype=torch.bfloat16)],
+        "rest": (
+            torch.tensor([True, False]),
+            torch.tensor(2**60),
+            torch.arange(5, dtype=torch.uint8),
+            torch.empty(0, 3),
+        ),
+        "order": torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :, ::2],
+        "shared": {"one": shared, "other": shared},
+        "plain": {"lr": 0.1, "betas": (0.9, 0.999), "name": "é", "none": None},
+    }
+
+
+def states(rank: int, size: int) -> tuple[dict | None, dict | None]:
+    """What arrives of a state, and of no state."""
+    return (
+        distributed.broadcast_state(awkward_state() if rank == 0 else None),
+        distributed.broadcast_state(None),
+    )
+
+
 def checks(rank: int, size: int) -> dict:
-    return {"collectives": collectives(rank, size), "on_main": on_main(rank, size), "votes": votes(rank, size)}
+    return {
+        "collectives": collectives(rank, size),
+        "on_main": on_main(rank, size),
+        "states": states(rank, size),
+        "votes": votes(rank, size),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +145,21 @@ def test_on_main(groups, size):
         assert found["failure"] == ("KeyError" if rank == 0 else "OtherRankFailed")
         assert found["afterwards"] == "still in step"
         assert found["ran"] == ([0, 0] if rank == 0 else [])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_states_arrive_to_the_bit(groups, size):
+    expected = awkward_state()
+    for state, nothing in (results["states"] for results in groups[size]):
+        assert nothing is None
+        assert state["plain"] == expected["plain"] and list(state) == list(expected)
+        for name in ("floats", "rest"):
+            assert type(state[name]) is type(expected[name])
+            for found, wanted in zip(state[name], expected[name], strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+                assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        assert torch.equal(state["order"], expected["order"]) and torch.equal(state["shared"]["other"], torch.arange(3))
+    assert math.copysign(1, groups[size][1]["states"][0]["floats"][1]) == -1
 
 
 @pytest.mark.parametrize("size", [2, 3])

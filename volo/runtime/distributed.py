@@ -4,7 +4,9 @@ Host values (counts, flags, meters) travel over gloo on the CPU, so asking never
 over NCCL on CUDA and gloo on the CPU.
 """
 
+import io
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,6 +170,40 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_state(state: dict | None) -> dict | None:
+    """Return rank 0's ``state``, containers and CPU tensors, on every rank; what the others give is ignored.
+
+    Tensors travel one by one, so that no rank ever holds all of them twice.
+    """
+    if not dist.is_initialized():
+        return state
+    tensors: list[torch.Tensor] = []
+    frame = io.BytesIO()
+    if dist.get_rank() == 0:
+        pickler = pickle.Pickler(frame)
+        pickler.persistent_id = lambda item: _keep_tensor(item, tensors)
+        pickler.dump(state)
+    frame, shapes = broadcast_object((frame, [(x.shape, x.dtype) for x in tensors]))
+    if dist.get_rank() > 0:
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+    for tensor in tensors:
+        dist.broadcast(tensor.contiguous().flatten().view(torch.uint8), src=0)  # gloo does not know every dtype
+    if dist.get_rank() == 0:
+        return state
+    unpickler = pickle.Unpickler(frame)
+    unpickler.persistent_load = tensors.__getitem__
+    frame.seek(0)
+    return unpickler.load()
+
+
+def _keep_tensor(item, tensors: list[torch.Tensor]) -> int | None:
+    """Take a tensor out of what is pickled; return its place in ``tensors``, None for anything else."""
+    if not isinstance(item, torch.Tensor):
+        return None
+    tensors.append(item)
+    return len(tensors) - 1
 
 
 def on_main(action: Callable, share: Callable = lambda result: result) -> Any:
