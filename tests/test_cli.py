@@ -170,7 +170,10 @@ def test_a_recipe_that_is_not_there(error_of, tmp_path):
         (["--optim.lr=-1e-3"], "optim.lr is -0.001"),
         (["--optim.betas", "[0.9]"], "optim.betas"),
         (["--train.channels_last", "yea"], "train.channels_last is yea; it takes auto or bool"),
-        (["--train.precision", "fp8"], "train.precision is fp8; it takes auto or fp32 or bf16 or fp16 or apex_o1"),
+        (
+            ["--train.precision", "fp8"],
+            "train.precision is fp8; it takes auto or fp32 or tf32 or bf16 or fp16 or apex_o1",
+        ),
         (["--model.layers", "[1,x]"], "model.layers"),
         (["--model.img_size", "[224]"], "model.img_size is [224]"),
         (["--model.num_classes", "1"], "model.num_classes is 1"),

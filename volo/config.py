@@ -403,7 +403,8 @@ class TrainConfig:
         device_batch_size: Largest batch that a process passes through the network at once; a larger share of the batch
             is accumulated over several passes.
         seed: Seed of every random draw.
-        precision: "auto" is bf16 on CUDA and fp32 on CPU; "apex_o1" is apex.amp, if the installed Apex has it.
+        precision: "auto" is fp32 on the CPU and for validate.py, bf16 for training on CUDA (fp16 before Ampere); "tf32"
+            is fp32 with products and convolutions in TF32; "apex_o1" is apex.amp, if the installed Apex has it.
         device: "auto" (CUDA if available, else CPU), "cuda" or "cpu".
         compile: Compile network and loss with torch.compile.
         kernel: Kernel of outlook attention: "auto" is the native one (C++ on the CPU, Triton on CUDA) if it can
@@ -425,7 +426,7 @@ class TrainConfig:
     batch_size: int = 1024
     device_batch_size: int = 128
     seed: int = 42
-    precision: Literal["auto", "fp32", "bf16", "fp16", "apex_o1"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "apex_o1"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool = False
     kernel: Literal["auto", "eager", "native"] = "auto"

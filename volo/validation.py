@@ -59,7 +59,10 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
         setup_logging(None, world.is_main, world.rank)
         check_options(options)
         folder = distributed.on_main(lambda: output_folder(options))
-        precision = Precision.resolve(config.train.precision, world.device)
+        # fp32 by default on every device: the numbers are compared with published ones.
+        choice = config.train.precision if config.train.precision != "auto" else "fp32"
+        precision = Precision.resolve(choice, world.device)
+        precision.set_up()
         torch.manual_seed(torch_seed(config.train.seed, "initialise"))  # random weights are the same on all ranks
         model = build_model(config.model)
         report, classes = load_weights(model, options)

@@ -202,20 +202,6 @@ def test_one_process_is_the_whole_world(monkeypatch):
     assert not World(1, 2, 1, torch.device("cpu")).is_main
 
 
-def test_devices(monkeypatch):
-    assert distributed.resolve_device("cpu", local_rank=7) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.resolve_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="train.device is 'cuda', but this PyTorch sees no CUDA device"):
-        distributed.resolve_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.resolve_device("auto", local_rank=1) == torch.device("cuda", 1)
-    assert distributed.resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="3 or more processes were started on this machine, which has 2 CUDA devices"):
-        distributed.resolve_device("auto", local_rank=2)
-
-
 def test_readers_share_the_cores_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -92,11 +92,44 @@ def test_without_fp16_a_broken_gradient_is_not_hidden(tiny_config, make_batch):
     assert not learner.model.head.bias.isfinite().all()
 
 
-def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match="bf16.*fp16 or fp32"):
-        Precision.resolve("auto", torch.device("cuda"))
-    assert Precision.resolve("fp16", torch.device("cuda")) == Precision("fp16", "cuda")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("native", "emulated", "auto"), [(True, True, "bf16"), (False, True, "fp16"), (False, False, "fp16")]
+)
+def test_auto_takes_what_the_card_computes_in_hardware(monkeypatch, native, emulated, auto):
+    def supported(including_emulation=True):
+        return emulated if including_emulation else native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert Precision.resolve("auto", CUDA) == Precision(auto, "cuda")
+    assert Precision.resolve("fp16", CUDA) == Precision("fp16", "cuda")
+    if emulated:
+        assert Precision.resolve("bf16", CUDA) == Precision("bf16", "cuda")
+    else:
+        with pytest.raises(ValueError, match="bf16.*fp16 or fp32"):
+            Precision.resolve("bf16", CUDA)
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "fp16", "apex_o1"])
+def test_tf32_is_used_if_it_is_asked_for(monkeypatch, name):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    try:
+        Precision(name, "cuda").set_up()
+        used = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        assert used == (name == "tf32",) * 2
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert Precision(name, "cuda").dtype == getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(name, "float32"))
+    with pytest.raises(ValueError, match="only CUDA devices have"):
+        Precision.resolve("tf32", CPU)
+
+
+def test_a_learner_sets_it_up(tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    make_learner(tiny_config())
+    assert not torch.backends.cudnn.allow_tf32
 
 
 # -------------------------------------------------------------------------------------------------------- apex

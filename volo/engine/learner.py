@@ -63,6 +63,7 @@ class Learner:
         """
         self.config, self.world, self.layout = config, world, layout
         self.precision = Precision.resolve(config.train.precision, world.device)
+        self.precision.set_up()
         self.channels_last = wants_channels_last(config.train.channels_last, world.device)
         self.model = model
         self.kernel = self.model.set_kernel(config.train.kernel, self.precision.dtype)

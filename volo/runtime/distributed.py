@@ -5,6 +5,7 @@ over NCCL on CUDA and gloo on the CPU.
 """
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
+from volo.runtime.device import Place, place_of, require_fitting_places, resolve_device
 from volo.runtime.network import choose_gloo_interface
 
 
@@ -50,22 +53,6 @@ def lost_peer(error: Exception) -> str | None:
     return reason.split("] ", 1)[-1].split(". ", 1)[0]
 
 
-def resolve_device(choice: str, local_rank: int = 0) -> torch.device:
-    """Return the device for ``train.device``; raise ValueError if CUDA is requested but missing."""
-    available = torch.cuda.is_available()
-    if choice == "cuda" and not available:
-        raise ValueError("train.device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu' or 'auto'")
-    if choice == "cpu" or not available:
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise ValueError(
-            f"{local_rank + 1} or more processes were started on this machine, which has {count} CUDA devices; "
-            f"start at most {count} (torchrun --nproc_per_node={count})"
-        )
-    return torch.device("cuda", local_rank)
-
-
 def worker_count(asked: int | None) -> int:
     """Return the number of data workers of this process: ``asked``, or by default its share of the cores, 1 to 8."""
     if asked is not None:
@@ -83,11 +70,16 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def initialise(device_choice: str = "auto") -> World:
+def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes in the environment; without one, be the only process.
 
+    Args:
+        device_choice: "auto", "cuda" or "cpu".
+        timeout_minutes: How long a process waits for the others, here and in every collective.
+
     Raises:
-        ValueError: The device is missing, or no network leads to the other machines.
+        ValueError: The device is missing, the ranks' devices do not fit together, or no network leads to the other
+            machines.
         RendezvousFailed: The processes did not find one another.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -98,10 +90,15 @@ def initialise(device_choice: str = "auto") -> World:
         return World(rank=0, size=1, local_rank=0, device=device)
     if int(os.environ["WORLD_SIZE"]) > processes_here():
         choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # Before the groups are made: those of the CPU and of CUDA would wait for one another.
+        store.set(f"place/{rank}", json.dumps(place_of(device)))
+        places = [Place(*json.loads(place)) for place in store.multi_get([f"place/{r}" for r in range(size)])]
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        require_fitting_places(places)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:  # of the store and of gloo; torch's own classes for them derive from it
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
@@ -112,7 +109,7 @@ def initialise(device_choice: str = "auto") -> World:
         ) from error
     # A rank that failed at its first check would take the rendezvous down while others are still joining.
     barrier()
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
 def shutdown() -> None:

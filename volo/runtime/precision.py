@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,31 @@ class Precision:
 
     @classmethod
     def resolve(cls, choice: str, device: torch.device) -> "Precision":
-        """Resolve "auto" (bf16 on CUDA, fp32 on the CPU); raise ValueError if the device does not support it."""
-        if choice == "auto":
-            choice = "bf16" if device.type == "cuda" else "fp32"
+        """Resolve "auto"; raise ValueError if the device does not support the choice.
+
+        "auto" is fp32 on the CPU and bf16 on CUDA, or fp16 on cards before Ampere, which would emulate bf16 slowly.
+        """
+        cuda = device.type == "cuda"
+        if choice == "auto" and cuda:
+            choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif choice == "auto":
+            choice = "fp32"
         if choice == "apex_o1":
             require_apex_amp()
-        if choice == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if choice == "bf16" and cuda and not torch.cuda.is_bf16_supported():
             raise ValueError("train.precision is 'bf16', which this GPU does not support. Use fp16 or fp32")
+        if choice == "tf32" and not cuda:
+            raise ValueError("train.precision is 'tf32', which only CUDA devices have. Use fp32")
         return cls(choice, device.type)
+
+    def set_up(self) -> None:
+        """Set PyTorch's process-wide choice of TF32: on for "tf32", else off.
+
+        PyTorch's own default has it on for convolutions and off for matrix products.
+        """
+        tf32 = self.name == "tf32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,7 +51,7 @@ class Precision:
 
     def autocast(self):
         """Return the context of a forward."""
-        if self.name in ("fp32", "apex_o1"):  # Apex patches the operators itself
+        if self.dtype == torch.float32:  # Apex patches the operators itself
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.name])
 

@@ -64,6 +64,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
         world = distributed.initialise(options.device)
         setup_logging(None, world.is_main, world.rank)
         precision = Precision.resolve(options.precision, world.device)
+        precision.set_up()
         records = distributed.on_main(lambda: find_images(options))
     file = read_checkpoint(options.teacher_checkpoint) if options.teacher_checkpoint else None
     with _checking_options():
