@@ -238,9 +238,13 @@ class Started:
         ended = self.finish()[0]
         raise AssertionError(f"no line with {words!r}; exit code {ended.code}:\n{ended.out}\n{ended.err}")
 
+    def follow_to_the_end(self) -> None:
+        """Read the output of rank 0 until that process ends."""
+        self.seen += self._out.read()
+
     def finish(self) -> list[Finished]:
         """Wait for every rank to end."""
-        self.seen += self._out.read()
+        self.follow_to_the_end()
         self._out.close()
         codes = self._forker.answer()
         outs = [self.seen, *(_text(out) for out, _ in self._files[1:])]

@@ -421,6 +421,9 @@ class TrainConfig:
         keep_checkpoints: Number of epoch checkpoints to keep besides last.pt and best.pt.
         checkpoint_every_epochs: Epochs between checkpoints; the last epoch is always saved.
         log_every_steps: Steps between log lines and TensorBoard points.
+        stop_timeout_seconds: How long the step under way may take after a signal to stop; then the process ends without
+            saving.
+        collective_timeout_minutes: How long a process waits for the others, over gloo and NCCL, before it fails.
     """
 
     batch_size: int = 1024
@@ -439,10 +442,14 @@ class TrainConfig:
     keep_checkpoints: int = 3
     checkpoint_every_epochs: int = 1
     log_every_steps: int = 50
+    stop_timeout_seconds: float = 120.0
+    collective_timeout_minutes: float = 30.0
 
     def __post_init__(self):
         for name in ("batch_size", "device_batch_size", "checkpoint_every_epochs", "log_every_steps"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; at least 1")
+        for name in ("stop_timeout_seconds", "collective_timeout_minutes"):
+            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; more than 0")
         _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints is {self.keep_checkpoints}; at least 1")
         _require(self.seed >= 0, f"train.seed is {self.seed}; 0 or more")
 

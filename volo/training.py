@@ -52,7 +52,7 @@ def set_up(config: Config) -> Trainer:
 
     Raises ValueError for what the user has to correct.
     """
-    world = distributed.initialise(config.train.device)
+    world = distributed.initialise(config.train.device, config.train.collective_timeout_minutes)
     check_options(config, world)
     setup_logging(None, world.is_main, world.rank)  # listing the images may take minutes
     splits = distributed.on_main(lambda: load_splits(config))

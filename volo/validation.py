@@ -55,7 +55,7 @@ class Dataset:
 def run_validation(config: Config, options: ValidationOptions) -> int:
     """Evaluate as asked, print the table, write results.json and results.csv; return the exit code."""
     with checking_usage():
-        world = distributed.initialise(config.train.device)
+        world = distributed.initialise(config.train.device, config.train.collective_timeout_minutes)
         setup_logging(None, world.is_main, world.rank)
         check_options(options)
         folder = distributed.on_main(lambda: output_folder(options))

@@ -199,6 +199,32 @@ def test_signal_to_one_of_three_processes_stops_all(recipe, straight_on_three, t
     assert_same_run(tmp_path / "runs/run", straight_on_three)
 
 
+def freeze_one(recipe, folder, *words) -> programs.Started:
+    """Start two processes and freeze the second in the first epoch, as a dead GPU or machine would."""
+    run = programs.start(TRAIN, "--config", recipe, *words, cwd=folder, ranks=2)
+    run.follow(line(1, 1))
+    os.kill(run.pids[1], signal.SIGSTOP)
+    return run
+
+
+def end_frozen(run: programs.Started) -> programs.Finished:
+    """Wait for the first process, then end the frozen one; return what became of the first."""
+    run.follow_to_the_end()
+    os.kill(run.pids[1], signal.SIGKILL)
+    return run.finish()[0]
+
+
+def test_a_step_that_waits_for_a_frozen_process_is_ended_after_a_signal(recipe, tmp_path):
+    run = freeze_one(recipe, tmp_path, "--train.stop_timeout_seconds", 0.5)
+    os.kill(run.pids[0], signal.SIGTERM)
+    end_frozen(run).assert_failed(FAILED, "did not end within 0.5 s of the signal to stop")
+
+
+def test_a_frozen_process_is_waited_for_as_long_as_stated(recipe, tmp_path):
+    run = freeze_one(recipe, tmp_path, "--train.collective_timeout_minutes", 0.1)
+    end_frozen(run).assert_failed(FAILED, "another process of the run is gone or silent")
+
+
 def test_machines_that_do_not_share_the_run_folder(recipe, stopped, tmp_path):
     """Rank 0 has the checkpoint; the other machine has nothing."""
     folders = [tmp_path / name for name in ("one machine", "first", "second")]

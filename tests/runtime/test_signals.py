@@ -2,11 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from volo.runtime.signals import StopRequest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -35,3 +40,41 @@ def test_restoring_gives_the_signals_back():
     before = signal.getsignal(signal.SIGTERM)
     StopRequest().restore()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# A main thread that waits in C, where Python runs no signal handler; a process with 42 has got out of it.
+WAITING = """
+import ctypes, os, signal, sys, threading, time
+from volo.runtime.signals import StopRequest
+
+stop = StopRequest(limit_seconds=0.2)
+pid = os.fork()
+if pid == 0:  # like a data worker: its signals are not its parent's
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+os.waitpid(pid, 0)
+def signal_later():
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "heeded":
+    signal_later()
+    assert stop.requested
+    stop.heed()
+    time.sleep(1)
+    sys.exit(42)
+threading.Thread(target=signal_later, daemon=True).start()
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+lock(mutex)  # waits for ever, and no signal interrupts it
+"""
+
+
+@pytest.mark.parametrize("what", ["heeded", "stuck"])
+def test_a_step_that_does_not_end_ends_the_process(what):
+    ended = subprocess.run([sys.executable, "-c", WAITING, what], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if what == "heeded":
+        assert (ended.returncode, ended.stderr) == (42, "")
+    else:
+        assert ended.returncode == 1, ended.stderr
+        assert ended.stderr.startswith("error: the step under way did not end within 0.2 s")

@@ -79,12 +79,13 @@ class Trainer:
         bottleneck = BottleneckHint(worker_count(config.data.workers), processes_here(), usable_cores())
         self.meters = TrainMeters(world.device, bottleneck)
         self.failures: list[str] = []  # unreadable images that were replaced since the last log line
-        self.stop = StopRequest()
+        self.stop = StopRequest(config.train.stop_timeout_seconds)
         self.stop_vote = distributed.StopVote()
 
     def fit(self) -> bool:
         """Train to the end of the schedule; return False if a signal stopped it, with a checkpoint saved."""
         finished = self._run_epochs()
+        self.stop.heed()
         if not finished:
             self._save()
             _logger.info("stopped by a signal at epoch %d, step %d; saved", self.state.epoch, self.state.step)

@@ -45,9 +45,9 @@ class RendezvousFailed(Exception):
 
 
 def lost_peer(error: Exception) -> str | None:
-    """Return the transport's message if ``error`` says that another process is gone, else None."""
+    """Return the transport's message if ``error`` says that another process is gone or silent, else None."""
     text = str(error)
-    if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "Application timeout" in text):
         return None
     reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     return reason.split("] ", 1)[-1].split(". ", 1)[0]

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -71,6 +72,16 @@ def finish(body: Callable[[], int]) -> None:
     if code in (DONE, STOPPED):
         distributed.shutdown()
         sys.exit(code)
+    _exit(code)
+
+
+def end_at_once(reason: str) -> NoReturn:
+    """End the process, from any thread, with exit code 1 and ``reason`` on the last line."""
+    _fail(reason, FAILED)
+    _exit(FAILED)
+
+
+def _exit(code: int) -> NoReturn:
     # Other processes may be gone: leaving the process group in order would wait for them.
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -90,7 +101,7 @@ def _unexpected(error: Exception) -> str:
             "evaluation a smaller eval.batch_size"
         )
     if transport := distributed.lost_peer(error):
-        return f"another process of the run is gone ({transport}); if it failed, its own message says why"
+        return f"another process of the run is gone or silent ({transport}); if it failed, its own message says why"
     traceback.print_exc()
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}" + (" ... (whole above)" if len(lines) > 1 else "")
