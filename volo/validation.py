@@ -18,9 +18,8 @@ from volo.data.sources.formats import open_split
 from volo.data.sources.listing_cache import ListingCache
 from volo.data.sources.records import ImageRecords, class_names, imagenet_classes
 from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
-from volo.models import load_checkpoint
 from volo.models.volo import VOLO
-from volo.models.weights import LoadReport, read_checkpoint
+from volo.models.weights import LoadReport, load_content, read_checkpoint
 from volo.published_results import PublishedTop1, published_top1
 from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
@@ -57,7 +56,7 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
     with checking_usage():
         world = distributed.initialise(config.train.device, config.train.collective_timeout_minutes)
         setup_logging(None, world.is_main, world.rank)
-        check_options(options)
+        distributed.on_main(lambda: check_options(options))
         folder = distributed.on_main(lambda: output_folder(options))
         # fp32 by default on every device: the numbers are compared with published ones.
         choice = config.train.precision if config.train.precision != "auto" else "fp32"
@@ -115,18 +114,22 @@ def output_folder(options: ValidationOptions) -> Path:
 def load_weights(model: VOLO, options: ValidationOptions) -> tuple[LoadReport | None, tuple[str, ...] | None]:
     """Load the checkpoint; return the report and the class names in the file, each None if there is none.
 
+    Rank 0 reads the file, which may be of gigabytes, and sends it to the others.
+
     Raises ValueError if the checkpoint has another number of classes.
     """
     if options.checkpoint is None:
         _logger.warning("random weights: the numbers below say nothing about any trained network")
         return None, None
-    file = read_checkpoint(options.checkpoint)
+    path = options.checkpoint
+    file = distributed.broadcast_state(distributed.on_main(lambda: read_checkpoint(path), share=lambda _: None))
+    assert file is not None
     best = file.get("evaluated_weights", "raw")  # what chose the best checkpoint of a run of ours
     use_ema = (best if options.weights == "auto" else options.weights) == "ema"
-    report = load_checkpoint(model, options.checkpoint, use_ema=use_ema)
+    report = load_content(model, file, path, use_ema=use_ema)
     if report.dropped_heads:
         raise ValueError(
-            f"{options.checkpoint} has {report.num_classes} classes and model.num_classes is {model.num_classes}: an "
+            f"{path} has {report.num_classes} classes and model.num_classes is {model.num_classes}: an "
             f"untrained head would be evaluated. Set --model.num_classes {report.num_classes}"
         )
     classes = file.get("classes")
@@ -173,13 +176,14 @@ def describe(
     config: Config, options: ValidationOptions, report: LoadReport | None, precision: Precision, world: World
 ) -> dict[str, str]:
     """Return everything that the numbers depend on, as it is stored with each of them."""
+    path = options.checkpoint
     height, width = config.model.image_hw
     cover_height, cover_width = EvalTransform((height, width), config.eval.crop_pct, config.eval.interpolation).cover_hw
     used = {"state_dict_ema": "ema"}.get(report.used, "raw") if report else "random"
     return {
         "model": config.model.name,
-        "checkpoint": options.checkpoint or "none",
-        "sha256": file_sha256(options.checkpoint) if options.checkpoint else "none",
+        "checkpoint": path or "none",
+        "sha256": distributed.on_main(lambda: file_sha256(path)) if path else "none",
         "weights": used,
         "resolution": f"{height}x{width}",
         "resize": f"to cover {cover_height}x{cover_width}",

@@ -11,6 +11,7 @@ import math
 import pickle
 import pkgutil
 import shlex
+import sys
 from pathlib import Path
 
 import programs
@@ -262,6 +263,22 @@ def test_torchrun_counts_the_same(imagenet, tmp_path):
         truth["v2"]["top1"],
         truth["v2"]["top5"],
     )
+
+
+def test_the_first_process_alone_reads_the_checkpoint(imagenet, tmp_path):
+    folder, v2, truth = imagenet
+    words = [VALIDATE, "--config", folder / "recipe.yaml", "--checkpoint", "net.pth.tar", "--data.val_split", "none"]
+    words += ["--v2", v2, "--output", tmp_path]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        programs.launch(sys.executable, *words, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        for rank, cwd in enumerate((folder, tmp_path))  # there is no such file in the second folder
+    ]
+    for rank in ranks:
+        programs.finish(rank).assert_done()
+    (row,) = results(tmp_path)
+    assert (row["images"], row["top1_correct"]) == (NUMBERED, truth["v2"]["top1"])
+    assert row["sha256"] == sha256(folder / "net.pth.tar")
 
 
 def test_more_processes_than_images(imagenet, tmp_path):

@@ -80,9 +80,13 @@ def load_checkpoint(model: VOLO, path: str | Path, use_ema: bool = False) -> Loa
         ValueError: No such file, one without the weights asked for, or one whose keys or shapes do not fit. The
             model is unchanged.
     """
+    return load_content(model, read_checkpoint(path), path, use_ema)
+
+
+def load_content(model: VOLO, content: dict[str, Any], path: str | Path, use_ema: bool = False) -> LoadReport:
+    """Load the weights of a file that was read before, as :func:`load_checkpoint` does; ``path`` is for messages."""
     path = Path(path)
-    file = read_checkpoint(path)
-    used, weights = _select(file, path, use_ema)
+    used, weights = _select(content, path, use_ema)
     weights = {_unwrapped(key): tensor for key, tensor in weights.items()}
     own = model.state_dict()
 
@@ -103,7 +107,7 @@ def load_checkpoint(model: VOLO, path: str | Path, use_ema: bool = False) -> Loa
         raise ValueError(f"{path} does not fit the model; nothing was loaded. {' '.join(problems).strip()}")
     model.load_state_dict({**own, **weights})
 
-    metadata = {} if used == "raw" else {k: v for k, v in file.items() if v is not None and _is_plain(v)}
+    metadata = {} if used == "raw" else {k: v for k, v in content.items() if v is not None and _is_plain(v)}
     report = LoadReport(path, used, resized, dropped, num_classes, metadata)
     logger.log(logging.WARNING if dropped else logging.INFO, "%s", report)
     return report
