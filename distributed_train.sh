@@ -9,6 +9,7 @@
 # Several machines, places found at a rendezvous: the same line everywhere.
 #   NNODES=2 RDZV_ENDPOINT=node0:29400 [RDZV_ID=volo] [RDZV_BACKEND=c10d] ./distributed_train.sh 8 --config ...
 #
+# NUMA_BINDING=node (or another mode of torchrun's --numa-binding) keeps each process on the cores near its GPU.
 # PYTHON chooses the interpreter; else it is .venv's, else python on PATH.
 # Exit codes: those of train.py (0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved).
 # SIGINT, SIGTERM and SIGHUP stop the run: the step is finished and a checkpoint saved.
@@ -58,6 +59,13 @@ if [ -z "${PYTHON:-}" ]; then
         PYTHON=$(command -v python || command -v python3) ||
             { echo "distributed_train.sh: error: no Python found; run scripts/setup.sh, or set PYTHON" >&2; exit 1; }
     fi
+fi
+
+# --- Cores near each GPU
+if [ -n "${NUMA_BINDING:-}" ]; then
+    "$PYTHON" -m torch.distributed.run --help 2>/dev/null | grep -e --numa-binding >/dev/null ||
+        usage_error "NUMA_BINDING is set, but this torchrun has no --numa-binding; unset it, or install a newer PyTorch"
+    place+=(--numa-binding "$NUMA_BINDING")
 fi
 
 # --- The port, before torchrun's own words on it, which fill a screen

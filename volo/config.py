@@ -119,7 +119,7 @@ class DataConfig:
         format: Storage format, "folder", "tar" or "parquet"; "auto" detects it.
         class_list: Class names in index order: "folders" (sorted names of the training folders, or sorted labels of
             train_labels), "imagenet" (the 1,000 ILSVRC2012 synsets) or a text file with one class folder name per line.
-        workers: Data workers per training process; by default one per core, up to 8.
+        workers: Data workers per training process; by default one per core, up to 16.
         on_error: What to do about an unreadable image: "fail" names it and stops; "skip" counts and reports it, and in
             training replaces it by an image drawn from seed, epoch and index. The same goes for a worker that dies:
             with "skip" new workers resume at the batch that is due, which changes nothing in the run.

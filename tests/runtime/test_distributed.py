@@ -203,9 +203,9 @@ def test_one_process_is_the_whole_world(monkeypatch):
 
 
 def test_readers_share_the_cores_of_a_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(40)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [worker_count(asked) for asked in (None, 0, 3, 20)] == [8, 0, 3, 20]
-    for processes, share in ((2, 6), (5, 2), (8, 1), (64, 1)):
+    assert [worker_count(asked) for asked in (None, 0, 3, 20)] == [16, 0, 3, 20]
+    for processes, share in ((2, 16), (5, 8), (24, 1), (64, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert worker_count(None) == share

@@ -78,6 +78,17 @@ def test_launcher_runs_in_the_current_folder(launcher, tmp_path):
     assert Path(launcher.record.read_text()) == elsewhere
 
 
+def test_launcher_passes_the_numa_binding_on_if_torchrun_knows_it(launcher):
+    knows = 'print("--numa-binding {node,socket}" if "--help" in sys.argv else "")'
+    assert launcher(2, "--config", "x.yaml", body=knows, NUMA_BINDING="node").returncode == 0
+    argv = launcher.seen()["argv"]
+    assert argv[argv.index("--numa-binding") : argv.index("--numa-binding") + 2] == ["--numa-binding", "node"]
+    assert argv.index("--numa-binding") < argv.index(str(launcher.root / "train.py"))
+    launcher.python.unlink()
+    refused = launcher(2, "--config", "x.yaml", NUMA_BINDING="node")
+    assert refused.returncode == 2 and "this torchrun has no --numa-binding" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "place"),
     [

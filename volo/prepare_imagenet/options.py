@@ -67,7 +67,7 @@ class ShardOptions(UnpackOptions):
         max_side: Longest side in pixels; larger images are resized.
         quality: JPEG quality of resized images.
         images_per_shard: Number of images in each shard.
-        workers: Number of processes; by default one per core, up to 8.
+        workers: Number of processes; by default one per core, up to 16.
     """
 
     max_side: int = 512

@@ -54,10 +54,10 @@ def lost_peer(error: Exception) -> str | None:
 
 
 def worker_count(asked: int | None) -> int:
-    """Return the number of data workers of this process: ``asked``, or by default its share of the cores, 1 to 8."""
+    """Return the number of data workers of this process: ``asked``, or by default its share of the cores, 1 to 16."""
     if asked is not None:
         return asked
-    return min(max(usable_cores() // processes_here(), 1), 8)
+    return min(max(usable_cores() // processes_here(), 1), 16)
 
 
 def usable_cores() -> int:

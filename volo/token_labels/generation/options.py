@@ -35,7 +35,7 @@ class GenerateOptions:
         format: "packed" writes one memory-mapped store; "published" a folder of .pt files for the published code.
         batch_size: Images per forward pass of a process.
         block_size: Images between two saves of a process; up to this many are labelled again after a kill.
-        workers: Number of processes that read images, per labelling process; by default one per core, up to 8.
+        workers: Number of processes that read images, per labelling process; by default one per core, up to 16.
         timeout_seconds: Longest wait for images from these processes (a network file system may hang forever); 0 for
             no limit.
         precision: Precision of the features; the classifier always computes in fp32. "auto" is bf16 on CUDA and fp32
