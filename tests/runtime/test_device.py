@@ -85,6 +85,7 @@ kind = os.environ["KIND"]
 distributed.place_of = lambda device: Place(kind, "here", os.environ["CARD"])
 try:
     distributed.initialise("cpu")
+    distributed.shutdown()
 except ValueError as error:
     print(error)
 """

@@ -96,6 +96,9 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
         # Before the groups are made: those of the CPU and of CUDA would wait for one another.
         store.set(f"place/{rank}", json.dumps(place_of(device)))
         places = [Place(*json.loads(place)) for place in store.multi_get([f"place/{r}" for r in range(size)])]
+        store.set(f"placed/{rank}", "")
+        if rank == 0:  # Its process may serve the store, and is to end after all have read, should the places not fit.
+            store.wait([f"placed/{r}" for r in range(size)])
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         require_fitting_places(places)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
