@@ -49,7 +49,7 @@ def build_model(config: ModelConfig) -> VOLO:
 def make_network(config: Config, world: World, state: dict | None = None) -> VOLO:
     """Return the network of a run on its device: fresh weights, those of the checkpoint to start from, or ``state``'s.
 
-    Raises ValueError if weights do not fit, or SyncBatchNorm is asked for on the CPU.
+    Raises ValueError if weights do not fit.
     """
     torch.manual_seed(torch_seed(config.train.seed, "initialise"))
     model = build_model(config.model)
@@ -69,11 +69,6 @@ def make_network(config: Config, world: World, state: dict | None = None) -> VOL
             "loss.dense_weight is 0: the token head is not trained. It keeps the weights of the checkpoint, or is zero "
             "if it is new; model.return_dense false (with mix.mix_token false) makes a network without it"
         )
-    if config.train.sync_bn and world.size > 1:
-        if world.device.type == "cpu":
-            raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    model.set_recompute(config.train.recompute)
     model.to(world.device)
     if wants_channels_last(config.train.channels_last, world.device):
         convolutions_to_channels_last(model)

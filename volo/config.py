@@ -409,8 +409,8 @@ class TrainConfig:
         compile: Compile network and loss with torch.compile.
         kernel: Kernel of outlook attention: "auto" is the native one (C++ on the CPU, Triton on CUDA) if it can
             run, else "eager", the operator in plain PyTorch; "native" fails if it cannot run.
-        recompute: Activation checkpointing: recompute "none", "cheap" activations (costs a few percent of a step and
-            halves the memory), or whole "blocks" from their inputs.
+        recompute: Activation checkpointing: recompute "none", "cheap" activations (halves the memory), or whole
+            "blocks" from their inputs. "auto" is "cheap" on the CPU; on CUDA the first of them that fits the card.
         channels_last: Keep images and the weights of convolutions in channels-last memory order; "auto" does so
             on CUDA.
         sync_bn: Synchronise BatchNorm statistics over all processes in every step.
@@ -433,7 +433,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool = False
     kernel: Literal["auto", "eager", "native"] = "auto"
-    recompute: Literal["none", "cheap", "blocks"] = "cheap"
+    recompute: Literal["auto", "none", "cheap", "blocks"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     sync_bn: bool = False
     output: str = "runs"

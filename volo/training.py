@@ -83,6 +83,8 @@ def check_options(config: Config, world: World) -> None:
     BatchLayout.of(config, world.size)
     require_start(config)
     Precision.resolve(config.train.precision, world.device)
+    if config.train.sync_bn and world.size > 1 and world.device.type == "cpu":
+        raise ValueError("train.sync_bn needs CUDA devices: PyTorch has no SyncBatchNorm on the CPU")
     check_optimizer(config.optim)
     TrainTransform(config.augment, config.model.image_hw)
     with torch.device("meta"):  # shapes without numbers: enough to check the architecture and the image size
@@ -121,6 +123,7 @@ def describe(trainer: Trainer, labels: LabelSource | None) -> str:
         ("images", f"{len(splits.train):,} to train on, {len(splits.val) if splits.val else 0:,} to evaluate on"),
         ("processes", f"{world.size} on {device}, precision {trainer.learner.precision.name}"),
         ("outlook", trainer.learner.kernel),
+        ("recompute", trainer.learner.recompute),
         ("pixels", str(Backend(config.augment.backend))),
         ("batch", f"{layout.global_size} images per step, {layout.global_size // world.size} per process{passes}"),
         ("schedule", f"{total} epochs of {steps} steps; learning rate up to {config.optim.lr:g}, not scaled"),

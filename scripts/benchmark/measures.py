@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from volo.models import VOLO, create_model
 from volo.models.blocks import OutlookAttention
 from volo.models.checkpointing import Recompute
+from volo.models.memory import kept_bytes
 from volo.published_results import all_published
 from volo.runtime.exit_codes import DONE
 
@@ -81,7 +82,8 @@ class ModelBench:
 
     def kept_mb(self, network: nn.Module, images: Tensor) -> float:
         """MB per image that ``network`` keeps for its backward pass."""
-        return round(counting.kept_bytes(network, images, self.autocast) / len(images) / 1e6, 1)
+        shape = (len(images), 3, *images.shape[2:])
+        return round(kept_bytes(network, shape, self.device, lambda: self.autocast) / len(images) / 1e6, 1)
 
     def compiled(self, ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Module]:
         if self.options.eager_only:
@@ -151,7 +153,7 @@ def train(bench: ModelBench) -> tuple[list[dict], list[str]]:
     networks = {OURS: ours, **networks, TIMM: theirs} | bench.compiled(ours, theirs)
     steps = {name: partial(forward_backward, m, bench.images, bench.autocast) for name, m in networks.items()}
     steps[PRODUCTS] = products(ours, bench.images, bench.autocast, backward=True)
-    return table("forward + backward", bench.time(steps)), ["ours is with train.recompute cheap, the default"]
+    return table("forward + backward", bench.time(steps)), ["ours is with train.recompute cheap, the CPU's default"]
 
 
 def profile(bench: ModelBench) -> tuple[list[dict], list[str]]:

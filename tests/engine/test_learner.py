@@ -17,6 +17,7 @@ from volo.data.dataset import Batch
 from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World, broadcast_buffers
+from volo.training import check_options
 
 # SGD's steps differ by as little as the gradients do; Adam's do not if a gradient is almost zero.
 SGD = {"name": "momentum", "weight_decay": 0.05}
@@ -364,5 +365,5 @@ def test_ranks_start_with_rank_0s_weights_and_ema(pair, tiny_config):
 def test_sync_bn_is_refused_on_devices_without_it(tiny_config):
     config = tiny_config(train={"batch_size": 8, "sync_bn": True})
     with pytest.raises(ValueError, match="train.sync_bn needs CUDA"):
-        make_learner(config, rank=0, size=2)
-    make_learner(config)  # on one process there is nothing to synchronise
+        check_options(config, World(0, 2, 0, torch.device("cpu")))
+    check_options(config, World(0, 1, 0, torch.device("cpu")))  # on one process there is nothing to synchronise

@@ -1,6 +1,7 @@
 """One optimizer step on a real device: every way to run it gives the same gradients, and none waits for the device."""
 
 import contextlib
+import functools
 import os
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import make_batch, make_label_maps, tiny_config
 from volo.build import make_network
 from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
+from volo.models import create_model
+from volo.models.memory import kept_bytes, summed
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.token_labels.published import PublishedMaps
@@ -128,3 +131,20 @@ def test_ddp_of_one_rank_trains_alike(device, process_group, micro_size, compile
             learner.optimizer_step(0.1, step)
     for (name, p), q in zip(plain.model.named_parameters(), ddp.model.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "blocks"])
+def test_counted_memory_is_enough_and_not_much_too_much(device, recompute):
+    shape = (16, 3, 224, 224)
+    network = create_model("volo_d1").to(device)
+    network.set_kernel("native", torch.bfloat16)
+    network.set_recompute(recompute)
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+    counted = kept_bytes(network, shape, device, autocast)
+    images = torch.randn(shape, device=device)
+    before = torch.cuda.memory_allocated(device)
+    with autocast():
+        output = summed(network.train()(images))
+    kept = torch.cuda.memory_allocated(device) - before
+    output.backward()
+    assert 0.9 * counted < kept < 1.1 * counted

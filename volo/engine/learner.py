@@ -21,6 +21,7 @@ from volo.data.normalise import normalise_and_erase
 from volo.engine.batch_layout import BatchLayout
 from volo.engine.optim import create_ema, create_optimizer, load_optimizer_state, set_learning_rate
 from volo.losses import LossTerms, TokenLabelLoss
+from volo.models.memory import choose_recompute
 from volo.models.volo import VOLO
 from volo.runtime import distributed
 from volo.runtime.distributed import World
@@ -67,6 +68,7 @@ class Learner:
         self.channels_last = wants_channels_last(config.train.channels_last, world.device)
         self.model = model
         self.kernel = self.model.set_kernel(config.train.kernel, self.precision.dtype)
+        self.recompute = self._set_recompute()
         self.grid = self.model.grid_size
         labels = config.token_label
         self.loss = TokenLabelLoss(
@@ -95,9 +97,24 @@ class Learner:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
 
+    def _set_recompute(self) -> str:
+        """Set what the backward pass recomputes; return a sentence that says what was chosen and why."""
+        choice, device = self.config.train.recompute, self.world.device
+        if choice == "auto" and device.type == "cpu":  # whose memory is shared, and whose recomputing costs little
+            choice = "cheap"
+        if choice != "auto":
+            self.model.set_recompute(choice)
+            return choice
+        room = torch.cuda.get_device_properties(device).total_memory
+        images = (self.layout.micro_size, 3, *self.config.model.image_hw)
+        choice, needed = choose_recompute(self.model, images, device, self.precision.autocast, room)
+        return f"{choice}: a step needs about {needed / 1e9:.1f} of {room / 1e9:.1f} GB"
+
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
             return model
+        if self.config.train.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
         # Before each step rank 0's BatchNorm statistics go to every rank, so that a run resumed from its checkpoint
         # is the same run.
         on_cpu = self.world.device.type == "cpu"
