@@ -98,38 +98,56 @@ class ReaLLabels:
 
 
 class _Counts:
-    """Running counts of this rank by one kind of labels."""
+    """Running counts of this rank, which stay on the device until they are asked for: no batch waits for the last.
 
-    def __init__(self):
-        self.images = self.top1 = self.top5 = 0
-        self.loss_sum = 0.0
+    Args:
+        device: Where the logits are.
+        real: ImageNet-ReaL labels, to be counted as well.
+    """
 
-    def add(self, logits: Tensor, ranked: Tensor, labels: Tensor) -> None:
-        """Count by one label per image.
+    def __init__(self, device: torch.device, real: ReaLLabels | None):
+        self.real = real
+        self.images = 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5 and loss; counts are exact
+        self._ranked: list[tuple[Tensor, Tensor]] = []  # of every batch, if ReaL labels are counted
+
+    def add(self, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Count one batch.
 
         Args:
-            logits: [B, C].
-            ranked: The best five classes, best first, [B, 5].
-            labels: [B].
+            logits: float32 [B, C], on the device.
+            labels: [B], on the device.
+            indices: Which images these are, [B], on the host.
         """
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5], best first
         hits = ranked == labels[:, None]  # [B, 5]
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+        self._sums += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss])
         self.images += len(labels)
-        self.top1 += int(hits[:, 0].sum())
-        self.top5 += int(hits.any(1).sum())
-        self.loss_sum += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-
-    def add_real(self, ranked: Tensor, label_sets: list[frozenset[int]]) -> None:
-        """Count by any number of labels per image; there is no single label to take a loss on."""
-        self.loss_sum = float("nan")
-        for guesses, right in zip(ranked.tolist(), label_sets, strict=True):
-            if right:
-                self.images += 1
-                self.top1 += guesses[0] in right
-                self.top5 += any(guess in right for guess in guesses)
+        if self.real is not None:
+            self._ranked.append((ranked, indices))
 
     def over_ranks(self) -> Accuracy:
-        images, top1, top5, loss = distributed.sum_over_ranks([self.images, self.top1, self.top5, self.loss_sum])
-        return Accuracy(int(images), int(top1), int(top5), loss)
+        """Return the accuracy by the labels of the dataset."""
+        return _over_ranks(self.images, *self._sums.tolist())
+
+    def real_over_ranks(self) -> Accuracy | None:
+        """Return the accuracy by ImageNet-ReaL labels, of which any may be right; there is no loss to take on them."""
+        if self.real is None:
+            return None
+        images = top1 = top5 = 0
+        for ranked, indices in self._ranked:
+            for guesses, index in zip(ranked.tolist(), indices.tolist(), strict=True):
+                if right := self.real.label_sets[index]:
+                    images += 1
+                    top1 += guesses[0] in right
+                    top5 += any(guess in right for guess in guesses)
+        return _over_ranks(images, top1, top5, float("nan"))
+
+
+def _over_ranks(*counts: float) -> Accuracy:
+    images, top1, top5, loss = distributed.sum_over_ranks(list(counts))
+    return Accuracy(int(images), int(top1), int(top5), loss)
 
 
 @torch.no_grad()
@@ -165,7 +183,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    by_label, by_real = _Counts(), _Counts()
+    counts = _Counts(device, real)
     skipped: list[str] = []
     notes: Counter[str] = Counter()
     stopped = False
@@ -179,11 +197,7 @@ def evaluate(
             images, labels = normalise_and_erase(batch, device, mean, std, channels_last=channels_last)
             with autocast():
                 logits = model(images)  # [B, C]
-            logits = logits.float()
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-            by_label.add(logits, ranked, labels)
-            if real is not None:
-                by_real.add_real(ranked, [real.label_sets[index] for index in batch.indices.tolist()])
+            counts.add(logits.float(), labels, batch.indices)
         on_batch()
     model.train(was_training)
 
@@ -195,8 +209,8 @@ def evaluate(
     for name, count in distributed.gather_lists(list(notes.items())):
         everyone_notes[name] += count
     return Evaluation(
-        by_label.over_ranks(),
-        by_real.over_ranks() if real is not None else None,
+        counts.over_ranks(),
+        counts.real_over_ranks(),
         tuple(distributed.gather_lists(skipped)),
         dict(everyone_notes),
     )

@@ -100,7 +100,7 @@ class Learner:
     def _set_recompute(self) -> str:
         """Set what the backward pass recomputes; return a sentence that says what was chosen and why."""
         choice, device = self.config.train.recompute, self.world.device
-        if choice == "auto" and device.type == "cpu":  # whose memory is shared, and whose recomputing costs little
+        if choice == "auto" and device.type != "cuda":  # whose memory is shared, and whose recomputing costs little
             choice = "cheap"
         if choice != "auto":
             self.model.set_recompute(choice)

@@ -112,13 +112,16 @@ class Labeller:
             ) from error
 
     def _labelled(self, indices: list[int], pixels: Tensor) -> _Labelled:
+        truth = torch.from_numpy(self.records.labels[indices])
+        if self.device.type == "cuda":  # from pageable memory a copy would wait for the device
+            pixels, truth = pixels.pin_memory(), truth.pin_memory()
         images = pixels.to(self.device, non_blocking=True)  # uint8 [B, 3, H, W]
+        truth = truth.to(self.device, non_blocking=True)
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         images = images.float().sub_(self._mean).div_(self._std)
         logits = self.teacher(images, self.autocast)  # cells [B, h, w, C], image [B, C]
         scores, classes = logits.cells.topk(self.top_k, dim=3)  # [B, h, w, k]
-        truth = torch.from_numpy(self.records.labels[indices]).to(self.device)
         ranked = logits.image.topk(min(5, logits.image.shape[1]), dim=1).indices  # [B, 5]
         hits = ranked == truth[:, None]
         correct = torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
