@@ -406,7 +406,7 @@ class TrainConfig:
         precision: "auto" is fp32 on the CPU and for validate.py, bf16 for training on CUDA (fp16 before Ampere); "tf32"
             is fp32 with products and convolutions in TF32; "apex_o1" is apex.amp, if the installed Apex has it.
         device: "auto" (CUDA if available, else CPU), "cuda" or "cpu".
-        compile: Compile network and loss with torch.compile.
+        compile: Compile network and loss with torch.compile, if it works here.
         kernel: Kernel of outlook attention: "auto" is the native one (C++ on the CPU, Triton on CUDA) if it can
             run, else "eager", the operator in plain PyTorch; "native" fails if it cannot run.
         recompute: Activation checkpointing: recompute "none", "cheap" activations (halves the memory), or whole

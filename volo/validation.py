@@ -23,6 +23,7 @@ from volo.models.weights import LoadReport, load_content, read_checkpoint
 from volo.published_results import PublishedTop1, published_top1
 from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
+from volo.runtime.compiling import compile_in_place, compile_problem, seconds_compiling
 from volo.runtime.distributed import World
 from volo.runtime.memory_format import convolutions_to_channels_last, wants_channels_last
 from volo.runtime.precision import Precision
@@ -73,7 +74,10 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
     if wants_channels_last(config.train.channels_last, world.device):
         convolutions_to_channels_last(model)
     if config.train.compile:
-        model.compile()
+        if problem := compile_problem(world.device.type):
+            _logger.warning("train.compile is true, but nothing is compiled: %s", problem)
+        else:
+            compile_in_place(model)
 
     provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
     shown = provenance | {"pixels": str(backend)}  # both backends give the same bytes: not part of a result
@@ -81,6 +85,8 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
     results: list[Result] = []
     for dataset in datasets:
         results += evaluate_dataset(model, dataset, config, precision, world)
+    if seconds := seconds_compiling():
+        _logger.info("compiling the network took %.0f s of it", seconds)
     if world.is_main:
         _logger.info("%s", results_table(results))
         records = [result.record(provenance) for result in results]

@@ -24,12 +24,14 @@ def test_compiled_run_has_the_numbers_of_the_eager_run(tmp_path):
         tmp_path / "recipe.yaml",
         programs.make_images(tmp_path / "images"),
         schedule={"epochs": 1},
+        ema={"enabled": True, "decay": 0.9},
         eval={"batch_size": 12},
         train={"recompute": "none", "output": "runs"},
     )
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # nothing that another run compiled
     words = ("--config", recipe, "--train.compile", "true", "--train.name", "compiled")
-    programs.run(TRAIN, *words, cwd=tmp_path, **cache).assert_done()
+    done = programs.run(TRAIN, *words, cwd=tmp_path, **cache).assert_done()
+    assert "compiling took" in done.out + done.err
     assert list((tmp_path / "cache").rglob("*.py")), "nothing was compiled"
     programs.run(TRAIN, "--config", recipe, "--train.name", "eager", cwd=tmp_path).assert_done()
 
@@ -38,7 +40,7 @@ def test_compiled_run_has_the_numbers_of_the_eager_run(tmp_path):
     for one, other in zip(compiled, eager, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
-    words = (*words, "--checkpoint", "runs/compiled/last.pt", "--output", "out")
+    words = (*words, "--checkpoint", "runs/compiled/last.pt", "--output", "out", "--weights", "raw")
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "validate_cache")}
     programs.run(VALIDATE, *words, cwd=tmp_path, **cache).assert_done()
     assert list((tmp_path / "validate_cache").rglob("*.py")), "nothing was compiled"
@@ -46,3 +48,17 @@ def test_compiled_run_has_the_numbers_of_the_eager_run(tmp_path):
         (row,) = csv.DictReader(file)
     assert float(row["top1"]) == eager[-1]["val/top1"]
     assert float(row["loss"]) == pytest.approx(eager[-1]["val/loss"], rel=1e-3)
+
+
+def test_run_goes_on_without_a_compiler_that_fails(tmp_path):
+    recipe = programs.write_recipe(
+        tmp_path / "recipe.yaml", programs.make_images(tmp_path / "images"), train={"compile": True, "output": "runs"}
+    )
+    (tmp_path / "file").touch()
+    broken = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file/cache")}  # cannot be made
+    message = "train.compile is true, but nothing is compiled: "
+    done = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, **broken).assert_done()
+    assert done.out.count(message) + done.err.count(message) == 1
+    words = ("--config", recipe, "--checkpoint", next(tmp_path.glob("runs/*/last.pt")))
+    done = programs.run(VALIDATE, *words, cwd=tmp_path, **broken).assert_done()
+    assert message in done.out + done.err

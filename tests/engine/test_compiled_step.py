@@ -1,10 +1,16 @@
 """Training steps with train.compile: one graph each for network and loss, compiled once, in the first step."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
+from processes import run_group
 from torch._dynamo.utils import counters
 
 from volo.build import make_network
+from volo.config import Config
+from volo.data.dataset import Batch
 from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.runtime.distributed import World
@@ -50,3 +56,40 @@ def test_many_steps_compile_once(tiny_config, make_batch, make_label_maps, geome
         torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[Batch]) -> dict:
+    """Losses of compiled and eager steps, and the graphs that there were after each step."""
+    # What the tracer accepts is in question, not what inductor makes of it, for which one process is enough.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    world, layout = World(rank, size, rank, torch.device("cpu")), BatchLayout.of(config, size)
+    losses, graphs = {}, []
+    for compiled in (True, False):
+        chosen = replace(config, train=replace(config.train, compile=compiled))
+        learner = Learner(chosen, world, layout, make_network(chosen, world))
+        learner.wrapped.train()
+        losses[compiled] = []
+        for step, batch in enumerate(batches):
+            for micro in range(layout.micro_batches):
+                losses[compiled].append(learner.forward_backward(batch, 0, step, micro).total.item())
+            learner.optimizer_step(1e-3, step)
+            graphs.append(counters["stats"]["unique_graphs"])
+    return {"losses": losses, "graphs": graphs, "breaks": dict(counters["graph_break"])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [1, 2])
+def test_many_steps_of_two_processes_compile_once(tiny_config, make_batch, make_label_maps, passes):
+    config = tiny_config(
+        mix={"mixup": 0.8, "cutmix": 1.0},
+        token_label={"root": "labels", "ground_truth": "published"},
+        optim={"name": "momentum"},
+        train={"batch_size": 12 * passes, "device_batch_size": 6},
+    )
+    batches = [make_batch(6, seed) for seed in range(6)]
+    for step, batch in enumerate(batches):
+        batch.sidecar = make_label_maps(6, 16, (5, 7, 11)[step % 3])  # no size by chance like another
+    for result in run_group(steps_of_two_processes, config, batches)[2]:
+        assert result["losses"][True] == pytest.approx(result["losses"][False], rel=1e-4)
+        assert not result["breaks"]
+        assert result["graphs"] == [2] * 12  # of network and loss

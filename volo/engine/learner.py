@@ -24,6 +24,7 @@ from volo.losses import LossTerms, TokenLabelLoss
 from volo.models.memory import choose_recompute
 from volo.models.volo import VOLO
 from volo.runtime import distributed
+from volo.runtime.compiling import compile_in_place, compile_problem
 from volo.runtime.distributed import World
 from volo.runtime.memory_format import wants_channels_last
 from volo.runtime.precision import Precision, apex_initialise, require_apex_amp
@@ -83,13 +84,19 @@ class Learner:
         if self.precision.name == "apex_o1":
             self.model, self.optimizer = apex_initialise(self.model, self.optimizer)
         self.loss_terms = self.loss.terms
-        if config.train.compile:
-            self.model.compile()
+        problem = compile_problem(world.device.type) if config.train.compile else None
+        self.compiles = config.train.compile and problem is None
+        if self.compiles:
+            compile_in_place(self.model)
             # dynamic: with pooled label maps, a token lists more or fewer classes from batch to batch.
             self.loss_terms = torch.compile(self.loss.terms, dynamic=True)
+        elif config.train.compile:
+            _logger.warning("train.compile is true, but nothing is compiled: %s", problem)
         self.wrapped = self._distribute(self.model)
         # Only once every rank has rank 0's weights: earlier, the ranks would average different ones.
         self.ema = create_ema(self.model, config.ema)
+        if self.compiles and self.ema is not None:
+            compile_in_place(self.ema.module)  # for its evaluation
         if state is not None:
             load_optimizer_state(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty if the run had none so far
@@ -120,7 +127,7 @@ class Learner:
         on_cpu = self.world.device.type == "cpu"
         devices = None if on_cpu else [self.world.device.index]
         # Every step uses the same parameters; but in a static graph the first pass must exchange gradients.
-        static = self.layout.micro_batches == 1 and not self.config.train.compile
+        static = self.layout.micro_batches == 1 and not self.compiles
         wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static)
         if on_cpu:
             wrapped.register_comm_hook(None, distributed.average_in_rank_order)

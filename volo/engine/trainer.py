@@ -29,6 +29,7 @@ from volo.engine.preview import batch_picture
 from volo.engine.run_folder import RunFolder, git_revision
 from volo.reporting import MetricsWriter, ProgressBar
 from volo.runtime import distributed
+from volo.runtime.compiling import seconds_compiling
 from volo.runtime.distributed import World, processes_here, usable_cores, worker_count
 from volo.runtime.errors import DataError
 from volo.runtime.signals import StopRequest
@@ -78,6 +79,7 @@ class Trainer:
         self.writer = MetricsWriter(run.path, resumed_from, redone, enabled=world.is_main)
         bottleneck = BottleneckHint(worker_count(config.data.workers), processes_here(), usable_cores())
         self.meters = TrainMeters(world.device, bottleneck)
+        self.seconds_compiling = 0.0
         self.failures: list[str] = []  # unreadable images that were replaced since the last log line
         self.stop = StopRequest(config.train.stop_timeout_seconds)
         self.stop_vote = distributed.StopVote()
@@ -239,9 +241,16 @@ class Trainer:
         epoch = state.global_step / self.steps_per_epoch
         self.writer.scalars(state.global_step, epoch, **{f"train/{name}": value for name, value in means.items()})
         self._report_failures()
+        self._report_compilation()
         if self.meters.hint is not None:
             _logger.warning("%s", self.meters.hint)
         return {**means, "data_wait": f"{100 * means['data_wait']:.0f}%"}
+
+    def _report_compilation(self) -> None:
+        """Log how long the process has compiled for, if it has since the last time."""
+        before, self.seconds_compiling = self.seconds_compiling, seconds_compiling()
+        if (seconds := self.seconds_compiling - before) >= 1:
+            _logger.info("compiling took %.0f s of the time since the last line", seconds)
 
     def _report_failures(self) -> None:
         """Log and count the images, of all ranks, that were replaced since the last time."""
