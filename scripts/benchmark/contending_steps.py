@@ -1,9 +1,11 @@
 """Optimizer steps and inference of ours and of timm, on one device: how each is built and timed."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import timm
@@ -57,6 +59,10 @@ def run_benchmark(options: "StepOptions") -> int:
     for word in options.networks.split(","):
         name, side, batch = word.split(":")
         network = Network(name, int(side), int(batch))
+        if options.largest:
+            rows.append(largest_batches(options, network, device))
+            print(*rows[-1].values(), sep="  ", flush=True)
+            continue
         flops = forward_flops(network)
         for what, who, step in contenders(options, network, device):
             row = {"network": word, "what": what, "who": who} | timed(options, step, network.batch, device)
@@ -76,8 +82,7 @@ def contenders(options: "StepOptions", network: Network, device: torch.device) -
     """Yield ("train" or "inference", name, step); each is built when its turn comes, and freed after it."""
     compiled = (False, True) if options.compile else (False,)
     if options.training:
-        for number in options.variants.split(","):
-            who = list(VARIANTS)[int(number)]
+        for who in variants(options):
             yield "train", f"ours {who}", our_step(network, device, *VARIANTS[who])
         for last in (False, True):
             for fast in compiled if last else (False,):
@@ -90,6 +95,11 @@ def contenders(options: "StepOptions", network: Network, device: torch.device) -
                 if fast:
                     model.compile()
                 yield "inference", who + ", compile" * fast, forward(model, noise(network, device))
+
+
+def variants(options: "StepOptions") -> list[str]:
+    """Return the names of the variants that were asked for."""
+    return [list(VARIANTS)[int(number)] for number in options.variants.split(",")]
 
 
 def our_step(network: Network, device: torch.device, recompute: str, channels_last: bool, compile: bool) -> Callable:
@@ -173,6 +183,59 @@ def timm_network(network: Network, device: torch.device, **options) -> nn.Module
 
 def noise(network: Network, device: torch.device) -> Tensor:
     return torch.randn(network.batch, 3, network.side, network.side, device=device)
+
+
+def largest_batches(options: "StepOptions", network: Network, device: torch.device) -> dict:
+    """Return the largest batch that each of the variants, and timm, can take two training steps with."""
+    row: dict[str, str | int] = {"network": f"{network.name}:{network.side}"}
+    builders = {
+        f"ours {who}": partial(
+            our_step,
+            device=device,
+            recompute=VARIANTS[who][0],
+            channels_last=VARIANTS[who][1],
+            compile=VARIANTS[who][2],
+        )
+        for who in variants(options)
+    }
+    builders["timm, channels_last"] = partial(timm_step, device=device, channels_last=True, compile=False)
+
+    def fits(build: Callable, batch: int) -> bool:
+        try:
+            step = build(replace(network, batch=batch))
+            for number in range(2):
+                step(number)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            step = None
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    most = network.batch if device.type == "cpu" else 2**20  # where no batch is refused
+    for who, build in builders.items():
+        row[who] = largest(partial(fits, build), network.batch, most)
+    return row
+
+
+def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """Return a batch size that fits, at most an eighth below the largest that does; 0 if none does.
+
+    Args:
+        fits: Tells whether a batch fits; if one does, so do all that are smaller.
+        start: Where to begin to look.
+        most: No larger one is tried.
+    """
+    low, high = 0, start
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > max(low // 8, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def timed(options: "StepOptions", step: Callable, batch: int, device: torch.device) -> dict:

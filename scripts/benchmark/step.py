@@ -27,6 +27,7 @@ class StepOptions:
         training: Time optimizer steps.
         inference: Time forward passes in evaluation mode.
         compile: Also time timm compiled, and our inference compiled.
+        largest: Instead of timing, find the largest batch that trains, from the network's batch up, to an eighth.
         steps: Steps per round.
         rounds: Rounds; the median is reported.
         device: Where to run; "auto" takes CUDA if it is there.
@@ -38,6 +39,7 @@ class StepOptions:
     training: bool = True
     inference: bool = True
     compile: bool = False
+    largest: bool = False
     steps: int = 10
     rounds: int = 5
     device: Literal["auto", "cuda", "cpu"] = "auto"
