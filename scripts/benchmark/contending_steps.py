@@ -25,6 +25,7 @@ from volo.engine.batch_layout import BatchLayout
 from volo.engine.learner import Learner
 from volo.models import create_model
 from volo.runtime.distributed import World
+from volo.runtime.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from step import StepOptions
@@ -55,6 +56,8 @@ def run_benchmark(options: "StepOptions") -> int:
     cuda = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cpu":
+        keep_freed_memory()  # as the programs do; for the peer, too
     rows = []
     for word in options.networks.split(","):
         name, side, batch = word.split(":")

@@ -21,6 +21,7 @@ from volo.models.checkpointing import Recompute
 from volo.models.memory import kept_bytes
 from volo.published_results import all_published
 from volo.runtime.exit_codes import DONE
+from volo.runtime.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from model import ModelBenchmarkOptions
@@ -35,6 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def run_benchmark(options: "ModelBenchmarkOptions") -> int:
     """Measure what ``options`` ask for, print it and save it; return the exit code."""
     torch.manual_seed(0)
+    keep_freed_memory()  # as the programs do on the CPU; for the peers, too
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = ModelBench(options)

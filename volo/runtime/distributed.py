@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from volo.runtime.device import Place, place_of, require_fitting_places, resolve_device
+from volo.runtime.host_memory import keep_freed_memory
 from volo.runtime.network import choose_gloo_interface
 
 
@@ -86,6 +87,8 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
     device = resolve_device(device_choice, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return World(rank=0, size=1, local_rank=0, device=device)
     if int(os.environ["WORLD_SIZE"]) > processes_here():
