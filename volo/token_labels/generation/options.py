@@ -31,7 +31,7 @@ class GenerateOptions:
             and takes the centre crop, as for the published labels.
         img_size: Side of the teacher's input in pixels, or [height, width]; by default that of its configuration
             (for timm its test size), or of the checkpoint.
-        top_k: Number of classes kept per cell.
+        top_k: Number of classes kept per cell; the others count as scores of 0, so with few classes keep all.
         format: "packed" writes one memory-mapped store; "published" a folder of .pt files for the published code.
         batch_size: Images per forward pass of a process.
         block_size: Images between two saves of a process; up to this many are labelled again after a kill.
