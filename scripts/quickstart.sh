@@ -2,7 +2,7 @@
 # From nothing to a VOLO trained with token labels: set up .venv if needed, write the handwritten digits, train a
 # teacher for a few epochs, let it label every token of every training image, train a student on these labels (two
 # torchrun processes, on CPU or on one or two CUDA GPUs), evaluate the student's best checkpoint.
-# Some five minutes on two CPU cores after installation; ends with exit code 1 below 98 % top-1.
+# Five to six minutes on two CPU cores after installation; ends with exit code 1 below 98 % top-1.
 #
 #   bash scripts/quickstart.sh [--section.field VALUE ...]     options go to both trainings
 
