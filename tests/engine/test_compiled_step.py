@@ -63,7 +63,7 @@ def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[B
     # What the tracer accepts is in question, not what inductor makes of it, for which one process is enough.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     world, layout = World(rank, size, rank, torch.device("cpu")), BatchLayout.of(config, size)
-    losses, graphs = {}, []
+    losses, graphs, of_ema, breaks = {}, [], [], {}
     for compiled in (True, False):
         chosen = replace(config, train=replace(config.train, compile=compiled))
         learner = Learner(chosen, world, layout, make_network(chosen, world))
@@ -75,7 +75,13 @@ def steps_of_two_processes(rank: int, size: int, config: Config, batches: list[B
                 losses[compiled].append(learner.forward_backward(batch, 0, step, micro).total.item())
             learner.optimizer_step(1e-3, step)
             graphs.append(counters["stats"]["unique_graphs"])
-    return {"losses": losses, "graphs": graphs, "breaks": dict(counters["graph_break"])}
+        breaks |= counters["graph_break"]
+        assert learner.ema is not None
+        counters.clear()
+        with torch.no_grad():
+            learner.ema.module.eval()(learner.inputs(batches[0], 0, 0, 0).images)
+        of_ema.append(counters["stats"]["unique_graphs"])
+    return {"losses": losses, "graphs": graphs, "ema": of_ema, "breaks": breaks}
 
 
 @pytest.mark.slow
@@ -85,6 +91,7 @@ def test_many_steps_of_two_processes_compile_once(tiny_config, make_batch, make_
         mix={"mixup": 0.8, "cutmix": 1.0},
         token_label={"root": "labels", "ground_truth": "published"},
         optim={"name": "momentum"},
+        ema={"enabled": True, "decay": 0.9},
         train={"batch_size": 12 * passes, "device_batch_size": 6},
     )
     batches = [make_batch(6, seed) for seed in range(6)]
@@ -93,4 +100,5 @@ def test_many_steps_of_two_processes_compile_once(tiny_config, make_batch, make_
     for result in run_group(steps_of_two_processes, config, batches)[2]:
         assert result["losses"][True] == pytest.approx(result["losses"][False], rel=1e-4)
         assert not result["breaks"]
+        assert result["ema"] == [1, 0], "its evaluation is compiled, too"
         assert result["graphs"] == [2] * 6 + [0] * 6  # of network and loss; none without the compiler
