@@ -21,8 +21,7 @@ def pages():
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-pages()
-print(pages())
+print(min(pages() for _ in range(4)))  # the block may find its place only at the second time
 """
 
 
