@@ -22,6 +22,10 @@ for part in "${parts[@]}"; do
     esac
 done
 
+if [ -e "$OUT" ] && [ ! -f "$OUT/steps.tsv" ]; then # its runs and results are about to be removed
+    echo "gpu_session.sh: error: OUT is $OUT, which is there and is not of an earlier session; name another" >&2
+    exit 2
+fi
 mkdir -p "$OUT"
 rm -rf "$OUT/runs" "$OUT"/*.json
 : >"$OUT/steps.tsv"

@@ -30,7 +30,7 @@ def photographs(folder: Path, count: int) -> int:
 
 
 def write_photograph(folder: Path, number: int) -> None:
-    """Write smooth noise, which has the size of a photograph on disk, too (about 110 kB)."""
+    """Write smooth noise, which has the size of a photograph on disk, too (about 103 kB)."""
     rng = np.random.default_rng(number)
     path = folder / ("val" if number // 10 % 10 == 0 else "train") / f"c{number % 10}" / f"{number}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,18 +20,27 @@ def test_a_part_that_is_not_there(tmp_path):
     assert not (tmp_path / "out").exists(), "nothing was begun"
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    kept = tmp_path / "runs" / "mine.pt"
+    kept.parent.mkdir()
+    kept.touch()
+    finished = programs.finish(programs.launch("bash", str(SESSION), "largest", cwd=tmp_path, OUT=str(tmp_path)))
+    assert finished.code == USAGE and "is not of an earlier session" in finished.err
+    assert kept.exists()
+
+
 @pytest.mark.slow
 def test_a_part_ends_in_the_table_and_the_json(tmp_path):
     process = programs.launch(
-        "bash", str(SESSION), "largest", cwd=tmp_path, OUT=str(tmp_path), DEVICE="cpu", PYTHON=sys.executable
+        "bash", str(SESSION), "largest", cwd=tmp_path, OUT=str(tmp_path / "out"), DEVICE="cpu", PYTHON=sys.executable
     )
     finished = programs.finish(process)
     assert finished.code == 0, finished.out + finished.err
-    found = json.loads((tmp_path / "session.json").read_text())
+    found = json.loads((tmp_path / "out/session.json").read_text())
     assert [(row["step"], row["exit code"]) for row in found["steps"]] == [("largest", "0")]
     (row,) = found["measured"]["largest"]["rows"]
     assert row["network"] == "volo_d1:32" and row["ours none, channels_last"] == 2
-    assert "all of it:" in (tmp_path / "summary.txt").read_text()
+    assert "all of it:" in (tmp_path / "out/summary.txt").read_text()
 
 
 @pytest.fixture(scope="module")
