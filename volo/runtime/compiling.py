@@ -13,7 +13,8 @@ def compile_problem(device_type: str) -> str | None:
     """Return why torch.compile cannot be used on devices of this type, or None.
 
     Compiles and runs a forward and backward pass of a few numbers: nothing short of it finds a missing C++ compiler or
-    header, a Triton that does not know the driver, or a damaged cache. Takes some six seconds on a CPU with nothing cached, once.
+    header, a Triton that does not know the driver, or a damaged cache. Takes some six seconds on a CPU with nothing
+    cached, once.
     """
     try:
         x = torch.ones(7, device=device_type, requires_grad=True)
