@@ -4,9 +4,11 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,41 @@ def test_storage_that_hangs_is_named(records, on_error):
     path = records.location(4)
     with hanging(loader, path), pytest.raises(WorkerFailed, match=f"1 s .data.timeout_seconds.*pid [0-9]+. at {path}"):
         next(loader.epoch(0))
+
+
+def test_a_worker_that_freezes_while_it_hands_over_a_batch_is_named(records):
+    """The batches wait in the queue; their memory is in the hands of the stopped workers."""
+    loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=2, epochs=1, timeout_seconds=1)
+    batches = loader.epoch(0)
+    next(batches)
+    workers = worker_processes(loader)
+    wait_until(lambda: all(read == -1 for read in loader._reader._pass._reading))
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    pids = [f"pid {worker.pid}" for worker in workers]
+    with pytest.raises(WorkerFailed, match=f"no batch for 1 s .data.timeout_seconds.: .*{pids[0]}.*{pids[1]}.*frozen"):
+        list(batches)
+    for worker in workers:
+        worker.join()
+
+
+def test_shared_memory_that_fills_up_is_named_at_once(records):
+    loader = train_loader(records, TRANSFORM, seed=0, global_batch=4, workers=1, epochs=1, timeout_seconds=600)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # for workers that start now, as on a full /dev/shm
+    try:
+        with pytest.raises(WorkerFailed, match="cannot pass a batch: .*File too large.*/dev/shm is full") as caught:
+            next(loader.epoch(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
 
 
 def test_a_slow_batch_within_the_timeout_is_waited_for(records, monkeypatch):

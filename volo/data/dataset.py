@@ -109,6 +109,14 @@ class Batch:
         sidecar = self.sidecar and self.sidecar.map(Tensor.pin_memory)
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), sidecar=sidecar)
 
+    def share_memory(self) -> "Batch":
+        """Move the tensors into shared memory, if they are not there; RuntimeError if there is no room."""
+        for name in ("images", "labels", "erase_boxes", "noise_seeds", "indices", "notes"):
+            getattr(self, name).share_memory_()
+        if self.sidecar is not None:
+            self.sidecar.map(Tensor.share_memory_)
+        return self
+
     def note_counts(self) -> dict[str, int]:
         """Return the number of images with each note; notes that do not occur are left out."""
         return count_notes(self.notes.tolist())

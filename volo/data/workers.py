@@ -4,17 +4,22 @@ A batch depends on its number alone. So if a worker dies, new workers can start 
 same run.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +34,7 @@ _START_SECONDS = 60  # a worker that has not started by then hangs
 _POLL_SECONDS = 1  # between checks of the workers while waiting for a batch
 _LOSSES = 3  # sets of workers that may die on the same batch
 _IDLE = -1
+_SHM = ". /dev/shm is full: run docker with --shm-size=8g or --ipc=host, or set fewer data.workers"
 
 _logger = logging.getLogger("volo")
 
@@ -134,7 +140,7 @@ class _Pass:
         loader = DataLoader(
             _Watched(dataset, self._reading),
             batch_sampler=keys,
-            collate_fn=dataset.collate,
+            collate_fn=partial(_collate, dataset),
             num_workers=workers,
             pin_memory=pin_memory,
             timeout=_POLL_SECONDS if workers else 0,
@@ -151,6 +157,8 @@ class _Pass:
             signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
         self._workers = [child for child in multiprocessing.active_children() if child not in children]
         self._threads = [thread for thread in threading.enumerate() if thread not in threads]
+        self._watch = _HandOverWatch(self._workers, timeout_seconds)
+        weakref.finalize(self, self._watch.end)
 
     def __iter__(self) -> "_Pass":
         return self
@@ -159,7 +167,11 @@ class _Pass:
         begin = time.monotonic()
         while True:
             try:
-                return next(self._batches)
+                with self._watch.waiting():
+                    batch = next(self._batches)
+                if isinstance(batch, _NotShared):
+                    raise WorkerFailed(batch.reason)
+                return batch
             except (RuntimeError, OSError, EOFError) as error:
                 problem = self._problem(error, time.monotonic() - begin)
                 if problem is error:
@@ -171,6 +183,8 @@ class _Pass:
         """Return the meaning of an error of the DataLoader: itself if it is not about workers, None to keep waiting."""
         timed_out = str(error).startswith("DataLoader timed out")
         of_worker = timed_out or str(error).startswith("DataLoader worker (pid")
+        if self._watch.fault is not None:
+            return WorkerFailed(self._watch.fault)
         if not self._workers or (isinstance(error, RuntimeError) and not of_worker):
             return error
         # A worker that is killed while it passes a batch breaks the connection before its sentinel is ready.
@@ -189,6 +203,8 @@ class _Pass:
         if self._timeout_seconds and waited >= self._timeout_seconds:
             busy = [f"data worker (pid {w.pid}){image}" for w in self._workers if (image := self._image_read_by(w))]
             still = "; ".join(busy[:3]) + (f" and {len(busy) - 3} more" if len(busy) > 3 else "")
+            if stopped := _stopped(self._workers):
+                return WorkerFailed(_frozen(stopped, self._timeout_seconds))
             return WorkerFailed(
                 f"no batch for {self._timeout_seconds:g} s (data.timeout_seconds); still reading: {still or 'none'}. "
                 "Check that the storage responds; if it is only slow, raise data.timeout_seconds"
@@ -211,6 +227,90 @@ class _Pass:
         held = [self._batches]
         self._batches = iter(())
         threading.Thread(target=held.clear, daemon=True).start()
+
+
+class _HandOverWatch:
+    """Ends workers that freeze while they hand over a batch.
+
+    A batch is announced in a queue, which is polled, but its memory is then fetched from the worker itself, without a
+    limit. Only the death of the worker ends that wait. ``fault`` says why the workers were killed, None if not.
+
+    Args:
+        workers: The workers.
+        timeout_seconds: Longest wait for one batch; 0 for no limit.
+    """
+
+    def __init__(self, workers: list[BaseProcess], timeout_seconds: float):
+        self.fault: str | None = None
+        self._workers, self._timeout_seconds = workers, timeout_seconds
+        self._since: float | None = None  # when the main process last began to wait, None while it does not
+        self._ended = threading.Event()
+        if workers and timeout_seconds:
+            threading.Thread(target=self._run, name="hand-over", daemon=True).start()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_POLL_SECONDS):
+            since = self._since
+            # Polling starts the wait again every second: one that lasts is not in the queue.
+            if since is not None and time.monotonic() - since > self._timeout_seconds + _POLL_SECONDS:
+                self.fault = _frozen(_stopped(self._workers) or self._workers, self._timeout_seconds)
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+
+def _stopped(workers: list[BaseProcess]) -> list[BaseProcess]:
+    """Return the workers that are stopped (SIGSTOP, a debugger), where the system tells."""
+
+    def is_stopped(worker: BaseProcess) -> bool:
+        try:
+            stat = Path(f"/proc/{worker.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in "Tt"
+
+    return list(filter(is_stopped, workers))
+
+
+def _frozen(workers: list[BaseProcess], seconds: float) -> str:
+    pids = ", ".join(f"data worker (pid {worker.pid})" for worker in workers[:3])
+    more = f" and {len(workers) - 3} more" if len(workers) > 3 else ""
+    return (
+        f"no batch for {seconds:g} s (data.timeout_seconds): {pids}{more} on {socket.gethostname()} is frozen or hands "
+        "nothing over. Start again with the same command"
+    )
+
+
+@dataclass(frozen=True)
+class _NotShared:
+    """In place of a batch that a worker cannot pass."""
+
+    reason: str
+
+
+def _collate(dataset, samples: list) -> Any:
+    """Collate, in a worker in shared memory: the queue's own thread would lose a batch for which there is no room."""
+    batch = dataset.collate(samples)
+    if get_worker_info() is None:
+        return batch
+    try:
+        return batch.share_memory()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return _NotShared(
+            f"data worker (pid {os.getpid()}) on {socket.gethostname()} cannot pass a batch: {reason}{_SHM}"
+        )
 
 
 class _Flag:
@@ -253,7 +353,7 @@ def _death(pid: int, exit_code: int, image: str) -> str:
     name = signal.Signals(-exit_code).name
     remedy = {
         "SIGKILL": ". The system does this if memory runs out (see dmesg): set fewer data.workers",
-        "SIGBUS": ". /dev/shm is full: run docker with --shm-size=8g or --ipc=host, or set fewer data.workers",
+        "SIGBUS": _SHM,
     }.get(name, "")
     return f"data worker (pid {pid}) was killed by {name}{image}{remedy}"
 

@@ -11,18 +11,21 @@ What a checkpoint of ours holds (plain containers and tensors only, so it loads 
     config                   the resolved config
     epoch, metric            finished epochs and best top-1, under the names timm's tools look for
     evaluated_weights        "raw" or "ema": which weights the metric belongs to
+    is_best                  whether best.pt is this state
 """
 
 import logging
 import shutil
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from volo.models.weights import UnreadableCheckpoint, read_checkpoint
+from volo.runtime.device import snapshot
 from volo.runtime.errors import Failure
-from volo.runtime.files import atomic_file, link_atomic, remove_temporary_files
+from volo.runtime.files import atomic_file, link_atomic
 
 _logger = logging.getLogger("volo")
 
@@ -48,7 +51,7 @@ class TrainState:
 
 
 class SaveError(Failure):
-    """A checkpoint could not be written; those written before are intact."""
+    """A checkpoint could not be written; those written before are intact. What can be done stands outside."""
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -63,10 +66,13 @@ def save_atomically(state: dict, path: Path) -> None:
         # torch may report a failed write as an internal error of its archive; the cause is in its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = (
+            f" ({shutil.disk_usage(path.parent).free / 2**20:,.0f} MB free on that disk)"
+            if path.parent.exists()
+            else ""
+        )
         raise SaveError(
-            f"checkpoint {path} could not be written: {reason} ({free:,.0f} MB free on that disk). Earlier "
-            "checkpoints are intact. Free some space and start again with train.resume auto"
+            f"checkpoint {path} could not be written: {reason}{free}. Earlier checkpoints are intact"
         ) from error
 
 
@@ -91,15 +97,21 @@ class CheckpointFolder:
         Checkpoints with a higher step number than ``state`` are from before the run resumed at an earlier one. They are
         deleted, too, or the next start would resume from them.
         """
-        remove_temporary_files(self.folder)  # half-written by a run that was killed
         path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
-        save_atomically(state, path)
+        save_atomically({**state, "is_best": is_best}, path)
         self._name(path, self.last)
         if is_best:
             self._name(path, self.best)
         given_up = [other for other in self._numbered() if other > path]
         for old in given_up + self._numbered()[len(given_up) + self.keep :]:
-            old.unlink()
+            old.unlink(missing_ok=True)
+
+    def complete_save(self, path: Path, state: dict) -> None:
+        """Give the newest checkpoint the names that a save which was killed did not get to."""
+        for name in [self.last, *([self.best] if state.get("is_best") else [])]:
+            # A name that is newer is a copy, on a file system without links.
+            if not name.exists() or name.stat().st_mtime_ns < path.stat().st_mtime_ns:
+                self._name(path, name)
 
     def _name(self, path: Path, name: Path) -> None:
         """Give the file at ``path`` a second name, replacing its former holder atomically."""
@@ -142,6 +154,46 @@ class CheckpointFolder:
                 "nothing was changed. To start from scratch, use another train.name"
             )
         return None
+
+
+class BackgroundSaver:
+    """Saves from a snapshot, in a thread, while training goes on; one save at a time.
+
+    ``error`` says why the last save that ended failed; None if it did not.
+    """
+
+    def __init__(self, checkpoints: CheckpointFolder):
+        self.error: SaveError | None = None
+        self._checkpoints = checkpoints
+        self._thread: threading.Thread | None = None
+        self._unexpected: Exception | None = None
+
+    def save(self, state: dict, is_best: bool) -> None:
+        """Wait for the save under way, if there is one; take a snapshot of ``state`` and begin to save it."""
+        self.join()
+        taken, wait_for_copies = snapshot(state)
+
+        def write() -> None:
+            try:
+                wait_for_copies()
+                self._checkpoints.save(taken, is_best)
+                self.error = None
+            except SaveError as error:
+                self.error = error
+            except Exception as error:
+                self._unexpected = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def join(self) -> SaveError | None:
+        """Wait for the save under way, if there is one; return ``error``."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._unexpected is not None:
+            raise self._unexpected
+        return self.error
 
 
 def read_own_checkpoint(path: Path) -> dict:

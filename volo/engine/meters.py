@@ -176,6 +176,16 @@ class TrainMeters:
             return None
         return step, [name for name, bad in zip(TERMS, first, strict=True) if int(bad) == step]
 
+    def state(self) -> list[list[float]]:
+        """Return each rank's loss sums and passes since the last log line, for a checkpoint."""
+        return distributed.gather_lists([[*self._sums.tolist(), self._passes]])
+
+    def load_state(self, state: list[list[float]], world: distributed.World) -> None:
+        """Go on with the sums of ``state``, of as many ranks as there were; throughput is measured from now on."""
+        for *sums, passes in state[world.rank :: world.size]:
+            self._sums += torch.tensor(sums, device=self.device)
+            self._passes += int(passes)
+
     def close(self) -> dict[str, float]:
         """Return the means over all ranks since the last call, and start again.
 

@@ -10,6 +10,7 @@ from volo.cli import config_to_dict, save_config, upgraded
 from volo.config import Config, ModelConfig
 from volo.data.sources.records import Splits
 from volo.engine.checkpoint import CheckpointFolder, read_own_checkpoint
+from volo.runtime.files import FolderInUse, lock_folder, remove_temporary_files
 
 _logger = logging.getLogger("volo")
 
@@ -29,14 +30,18 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
 
     def create(self) -> None:
-        """Make the folder; raise ValueError if it is not writable."""
+        """Make the folder and keep other runs out of it; raise ValueError if it is not writable or in use."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            self._lock = lock_folder(self.path)
+        except FolderInUse as holder:
+            raise ValueError(
+                f"run folder {self.path} is in use by {holder}; nothing was changed. Choose another train.name, or "
+                "wait for that run to end"
+            ) from None
         except OSError as error:
             raise ValueError(f"run folder {self.path} cannot be written to ({error}). Set train.output") from error
+        remove_temporary_files(self.path)  # half-written by a run that was killed
 
     def find_checkpoint(self, config: Config) -> tuple[Path, dict] | None:
         """Return the checkpoint to resume from, by ``train.resume``; None for a fresh start.
@@ -60,9 +65,10 @@ class RunFolder:
             found = self.checkpoints.newest_valid()
             if found is None:
                 return None
+            self.checkpoints.complete_save(*found)
         path, state = found
         done, total = state["progress"]["epoch"], config.schedule.total_epochs
-        if done >= total and state["progress"]["closed_epochs"] >= done:
+        if done >= total and state["progress"]["closed_epochs"] >= done and self._has_curves_of(path):
             if path.resolve().parent != self.path.resolve():
                 raise ValueError(f"train.resume {path} is from a finished run ({done} of {total} epochs)")
             raise ValueError(
@@ -72,6 +78,10 @@ class RunFolder:
             )
         check_same_run(state["config"], config)
         return found
+
+    def _has_curves_of(self, path: Path) -> bool:
+        """Whether the curves, which a run draws at its very end, are newer than the checkpoint at ``path``."""
+        return self.curves.exists() and self.curves.stat().st_mtime_ns >= path.stat().st_mtime_ns
 
     def write_config(self, config: Config) -> None:
         save_config(config, self.path / "config.yaml")

@@ -20,7 +20,7 @@ from volo.cli import config_to_dict
 from volo.config import Config
 from volo.data.loader import EvalLoader, TrainLoader
 from volo.data.sources.records import Splits
-from volo.engine.checkpoint import TrainState
+from volo.engine.checkpoint import BackgroundSaver, SaveError, TrainState
 from volo.engine.evaluate import Evaluation, evaluate
 from volo.engine.learner import Learner
 from volo.engine.meters import BottleneckHint, TrainMeters
@@ -79,17 +79,29 @@ class Trainer:
         self.writer = MetricsWriter(run.path, resumed_from, redone, enabled=world.is_main)
         bottleneck = BottleneckHint(worker_count(config.data.workers), processes_here(), usable_cores())
         self.meters = TrainMeters(world.device, bottleneck)
+        if checkpoint is not None:
+            self.meters.load_state(checkpoint.get("meters", []), world)
+        self.saver = BackgroundSaver(run.checkpoints)
+        self.best_saved = self.best_being_saved = (self.state.best_top1, self.state.best_epoch)
         self.seconds_compiling = 0.0
         self.failures: list[str] = []  # unreadable images that were replaced since the last log line
         self.stop = StopRequest(config.train.stop_timeout_seconds)
         self.stop_vote = distributed.StopVote()
 
     def fit(self) -> bool:
-        """Train to the end of the schedule; return False if a signal stopped it, with a checkpoint saved."""
-        finished = self._run_epochs()
-        self.stop.heed()
+        """Train to the end of the schedule; return False if a signal stopped it, with a checkpoint saved.
+
+        Raises SaveError if the last checkpoint could not be written.
+        """
+        try:
+            finished = self._run_epochs()
+            self.stop.heed()
+            if not finished:
+                self._save()
+            distributed.on_main(self._require_saved)
+        finally:
+            self.saver.join()
         if not finished:
-            self._save()
             _logger.info("stopped by a signal at epoch %d, step %d; saved", self.state.epoch, self.state.step)
         self.writer.close()
         if replaced := self.state.replaced_images:
@@ -153,6 +165,7 @@ class Trainer:
         """Evaluate and save as often as asked, and after the last epoch; return False if a signal stopped it."""
         state, config = self.state, self.config
         last = state.epoch == config.schedule.total_epochs
+        self._end_save()
         best_before = state.best_epoch
         if (last or state.epoch % config.eval.every_epochs == 0) and not self._evaluate():
             return False
@@ -209,6 +222,7 @@ class Trainer:
             )
         except DataError as error:  # on every rank
             self._save()  # the epoch is complete; once the file is repaired, the run resumes from here
+            distributed.on_main(self._require_saved)
             raise DataError(f"{error}. {self.run.checkpoints.last} has all that was trained") from error
 
     @property
@@ -241,6 +255,7 @@ class Trainer:
         epoch = state.global_step / self.steps_per_epoch
         self.writer.scalars(state.global_step, epoch, **{f"train/{name}": value for name, value in means.items()})
         self._report_failures()
+        self._report_unsaved()
         self._report_compilation()
         if self.meters.hint is not None:
             _logger.warning("%s", self.meters.hint)
@@ -285,12 +300,35 @@ class Trainer:
             self.writer.picture("batch", self.state.global_step, png)
 
     def _save(self, is_best: bool = False) -> None:
-        """Save on rank 0; if that fails, or the weights would spoil a good checkpoint, every rank raises."""
+        """Begin to save, on rank 0; if the weights would spoil a good checkpoint, every rank raises."""
         self._check_finite()
         self._report_failures()
         if not nn.utils.get_total_norm(list(self.learner.model.parameters())).isfinite():
             raise self._non_finite("norm of the weights", self.state.global_step)
-        distributed.on_main(lambda: self.run.checkpoints.save(self._checkpoint(), is_best))
+        self._end_save()
+        self.best_being_saved = (self.state.best_top1, self.state.best_epoch)
+        meters = self.meters.state()
+        distributed.on_main(lambda: self.saver.save({**self._checkpoint(), "meters": meters}, is_best))
+
+    def _end_save(self) -> None:
+        """Wait for the save under way.
+
+        If it failed, earlier checkpoints are intact, and the next save tries again. But a best that is not on the disk
+        is none: the next evaluation above the best there becomes the best.
+        """
+        if not distributed.on_main(self.saver.join, share=lambda error: error is not None):
+            self.best_saved = self.best_being_saved
+        elif self.best_being_saved != self.best_saved:
+            self.state.best_top1, self.state.best_epoch = self.best_being_saved = self.best_saved
+
+    def _require_saved(self) -> None:
+        """Wait for the save under way, on rank 0; raise SaveError if it failed."""
+        if error := self.saver.join():
+            raise SaveError(f"{error}. Free some space and start again with the same command")
+
+    def _report_unsaved(self) -> None:
+        if self.saver.error is not None:
+            _logger.warning("%s. Training goes on, and the next save tries again; free some space", self.saver.error)
 
     def _checkpoint(self) -> dict:
         state, config = self.state, self.config

@@ -34,7 +34,7 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that drops lines when the disk is full: the console has them, and the next save ends the run."""
+    """A log file that may miss lines of a time when the disk was full: the console has them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do not print a traceback per message, as logging does by default."""

@@ -52,6 +52,7 @@ class MetricsWriter:
         self._first_step = last_step + 1
         self._enabled = enabled
         self._columns = list(COLUMNS)
+        self._unwritten: list[str] = []
         if not enabled:
             return
         rows = []
@@ -63,35 +64,68 @@ class MetricsWriter:
         kept = [r for r in rows if (step := int(r["step"])) < last_step or (step == last_step and redone not in r)]
         if len(kept) < len(rows):
             logger.info("%s: dropped %d rows after step %d", self.path.name, len(rows) - len(kept), last_step)
-        write_atomic(self.path, _csv_lines(self._columns, kept, header=True))
+        text = _csv_lines(self._columns, kept, header=True).encode()
+        write_atomic(self.path, text)
+        self._end = len(text)  # of the rows that are written whole
 
     def scalars(self, step: int, epoch: float, **values: float) -> None:
         """Write ``values``, named as in COLUMNS (``**{"train/loss": 6.9}``), as of ``step`` and ``epoch``.
 
-        Numbers keep their full precision in the CSV file and become float32 in TensorBoard.
+        Numbers keep their full precision in the CSV file and become float32 in TensorBoard. What cannot be written (a
+        full disk) is reported, and written to the CSV file as soon as that works again.
         """
         if not self._enabled:
             return
         row = {"step": str(int(step)), "epoch": repr(float(epoch))}
         row |= {name: repr(float(value)) for name, value in values.items()}
-        # One write per line: a kill can tear at most this line, and a torn line is recognised.
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(_csv_lines(self._columns, [row]))
-        for name, value in values.items():
-            self._board.add_scalar(name, float(value), int(step))
-        self._board.flush()
+        self._unwritten.append(_csv_lines(self._columns, [row]))
+        self._write_rows()
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, float(value), int(step))
+            self._board.flush()
+        except OSError as error:
+            self._give_up_board(step, error)
+
+    def _write_rows(self) -> None:
+        """Write the rows that are not written yet, in one piece: a kill tears at most the last line, which shows."""
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self._end)  # behind it may be a part of a row, from when the disk was full
+                file.seek(self._end)
+                file.write("".join(self._unwritten).encode())
+                file.flush()
+                self._end = file.tell()
+            self._unwritten.clear()
+        except OSError as error:
+            logger.warning("%s: %d rows could not be written so far (%s)", self.path, len(self._unwritten), error)
+
+    def _give_up_board(self, step: int, error: OSError) -> None:
+        """Close the file of TensorBoard events, whose thread has ended; the next value starts another."""
+        logger.warning("TensorBoard events of step %d could not be written (%s); %s has them", step, error, self.path)
+        del self.__dict__["_board"]
+        self._first_step = step + 1
 
     def picture(self, name: str, step: int, png: bytes) -> None:
         """Write a picture to ``name``.png in the run folder and to TensorBoard."""
         if not self._enabled:
             return
-        write_atomic(self.path.parent / f"{name}.png", png)
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        try:
+            write_atomic(self.path.parent / f"{name}.png", png)
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+        except OSError as error:
+            logger.warning("picture %s.png could not be written: %s", name, error)
 
     def close(self) -> None:
+        """Write what could not be written so far, and close the files."""
+        if self._unwritten:
+            self._write_rows()
         if "_board" in self.__dict__:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                logger.warning("TensorBoard events could not be written to their end: %s", error)
 
     @cached_property
     def _board(self):

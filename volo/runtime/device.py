@@ -1,10 +1,12 @@
 """Which device a process computes on, and whether the processes' devices fit together."""
 
+import copy
 import glob
 import logging
 import os
 import socket
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,3 +94,31 @@ def require_fitting_places(places: list[Place]) -> None:
                 "process per device (torchrun --nproc_per_node), or show each process one of its own in "
                 "CUDA_VISIBLE_DEVICES"
             )
+
+
+def snapshot(state: dict) -> tuple[dict, Callable[[], None]]:
+    """Copy nested containers, with their tensors in host memory, without waiting for the device.
+
+    Returns:
+        The copy, and a function that waits until its tensors are there. What is done to the originals later, on the
+        same stream, does not change the copy.
+    """
+    taken: dict = _copied(state)
+    if not torch.cuda.is_initialized():
+        return taken, lambda: None
+    copied = torch.cuda.Event()
+    copied.record()
+    return taken, copied.synchronize
+
+
+def _copied(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        host = torch.empty_like(item, device="cpu", pin_memory=item.is_cuda)
+        return host.copy_(item.detach(), non_blocking=True)
+    if isinstance(item, dict):
+        new = copy.copy(item)  # state_dict() returns one with versions of the modules as an attribute
+        new.update((name, _copied(value)) for name, value in item.items())
+        return new
+    if isinstance(item, list | tuple):
+        return type(item)(map(_copied, item))
+    return item

@@ -1,12 +1,21 @@
-"""Files that are written completely or not at all, and that survive a power failure."""
+"""Files that are written completely or not at all, and that survive a power failure; folders with one writer."""
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+_logger = logging.getLogger("volo")
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,3 +92,36 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed writers in ``folder``; no process may be writing there."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+class FolderInUse(Exception):
+    """Another process writes to the folder; the message says which."""
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """Keep other processes out of ``folder`` until the returned file is closed or the process ends, however it ends.
+
+    The lock is one of POSIX: forked processes do not inherit it, and network file systems pass it on to other machines.
+    If the file system has no locks, a warning says so.
+
+    Raises:
+        FolderInUse: Another process holds the lock.
+        OSError: The folder cannot be written to.
+    """
+    file = open(folder / ".lock", "a+b")  # noqa: SIM115  # it stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            _logger.warning("%s: this file system has no locks; see to it that no other run uses the folder", folder)
+            return file
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip() or "another process"
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise FolderInUse(holder) from None
+        raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+    file.flush()
+    return file
