@@ -8,6 +8,7 @@ import csv
 import os
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import programs
 import pytest
 import torch
-from programs import FAILED, LAUNCHER, ROOT, STOPPED, TRAIN
+from programs import FAILED, LAUNCHER, ROOT, STOPPED, TRAIN, USAGE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
@@ -222,7 +223,8 @@ def test_a_step_that_waits_for_a_frozen_process_is_ended_after_a_signal(recipe, 
 
 def test_a_frozen_process_is_waited_for_as_long_as_stated(recipe, tmp_path):
     run = freeze_one(recipe, tmp_path, "--train.collective_timeout_minutes", 0.1)
-    end_frozen(run).assert_failed(FAILED, "another process of the run is gone or silent")
+    frozen = f"no sign of life from rank 1 (pid {run.pids[1]} on {socket.gethostname()}, last seen at: epoch 1, step "
+    end_frozen(run).assert_failed(FAILED, "another process of the run is gone or silent", frozen)
 
 
 def test_machines_that_do_not_share_the_run_folder(recipe, stopped, tmp_path):
@@ -294,6 +296,77 @@ def test_stop_through_the_launcher(recipe, straight_on_three, tmp_path):
     assert_same_run(tmp_path / "runs/run", straight_on_three)
 
 
+_PATCHED = """
+import sys
+from volo.cli import build_parser, parse
+from volo.engine import checkpoint
+from volo.runtime import distributed
+from volo.training import run_training
+
+{patch}
+sys.exit(run_training(parse(build_parser("train.py", ""), sys.argv[1:])[0]))
+"""
+
+
+def run_patched(patch: str, recipe: Path, folder: Path, *words) -> programs.Finished:
+    """Run train.py with some of its code replaced."""
+    program = _PATCHED.format(patch=patch)
+    folder.mkdir(exist_ok=True)
+    options = {"cwd": folder, "PYTHONPATH": str(ROOT)}
+    return programs.finish(programs.launch(sys.executable, "-c", program, "--config", recipe, *words, **options))
+
+
+_STOP_AFTER_THREE = """
+votes = iter([False, False, True])
+distributed.StopVote.__call__ = lambda self, wish: next(votes)
+distributed.StopVote.finish = lambda self, wish: wish
+"""
+
+
+def test_a_row_of_metrics_is_that_of_its_whole_window(recipe, tmp_path):
+    """Rows are of steps 2 and 4; the stop is between them."""
+    words = ("--train.log_every_steps", 2, "--schedule.epochs", 1, "--schedule.warmup_epochs", 0)
+    whole, divided = tmp_path / "whole", tmp_path / "divided"
+    programs.run(TRAIN, "--config", recipe, *words, cwd=whole).assert_done()
+    ended = run_patched(_STOP_AFTER_THREE, recipe, divided, *words)
+    assert ended.code == STOPPED and load(divided / "runs/run")["progress"]["step"] == 3, ended.err
+    programs.run(TRAIN, "--config", recipe, *words, cwd=divided).assert_done()
+    assert_same_run(whole / "runs/run", divided / "runs/run")
+
+
+# --------------------------------------------------------------------------------- the end, and other runs
+
+
+def test_a_run_killed_in_its_last_save_is_finished_by_the_same_command(recipe, straight, tmp_path):
+    run = copy_of(straight.parents[1], tmp_path)
+    (run / "curves.png").unlink()
+    for name in ("last.pt", "best.pt"):
+        (run / name).unlink()
+        os.link(run / f"step-{STEPS:08d}.pt", run / name)
+    state = torch.load(run / f"step-{2 * STEPS:08d}.pt", weights_only=True)
+    torch.save(state | {"is_best": True}, run / f"step-{2 * STEPS:08d}.pt")
+    (ended,) = resume(tmp_path, recipe)
+    assert f"finished: {EPOCHS} epochs" in ended.out and (run / "curves.png").exists()
+    assert load(run)["progress"] == state["progress"]
+    assert (run / "best.pt").samefile(run / "last.pt")
+    again = programs.run(TRAIN, "--config", recipe, cwd=tmp_path)
+    again.assert_failed(USAGE, "already holds a finished run")
+
+
+def test_a_second_run_in_the_folder_is_told_who_uses_it(recipe, straight, tmp_path):
+    first = programs.start(TRAIN, "--config", recipe, cwd=tmp_path)
+    first.follow(line(1, 1))
+    os.kill(first.pids[0], signal.SIGSTOP)
+    before = contents(tmp_path / "runs/run")
+    second = programs.finish(programs.launch(sys.executable, TRAIN, "--config", recipe, cwd=tmp_path))
+    second.assert_failed(USAGE, f"in use by process {first.pids[0]} on {socket.gethostname()}", "train.name")
+    assert contents(tmp_path / "runs/run") == before
+    os.kill(first.pids[0], signal.SIGKILL)
+    first.finish()
+    resume(tmp_path, recipe)
+    assert_same_run(tmp_path / "runs/run", straight)
+
+
 # -------------------------------------------------------------------------------------- damaged checkpoints
 
 
@@ -317,7 +390,8 @@ def truncate(path: Path) -> None:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in run.iterdir()}
+    """Return the files of a run, less the note of who used it last."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
 
 
 def test_truncated_last_checkpoint_is_reported_and_the_previous_one_used(recipe, stopped, straight, tmp_path):
@@ -366,7 +440,8 @@ def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, straight, tmp_pa
     before = contents(run)
     ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, largest_file=len(before["last.pt"]) // 2)
     name = f"step-{STEPS:08d}.pt"
-    ended.assert_failed(FAILED, f"checkpoint runs/run/{name} could not be written", "MB free", "intact")
+    assert f"checkpoint runs/run/{name} could not be written" in ended.out, "and the run went on"
+    ended.assert_failed(FAILED, f"step-{2 * STEPS:08d}.pt could not be written", "MB free", "intact", "same command")
     after = contents(run)
     saved = {name for name in before if name.endswith(".pt")}
     assert saved == {"last.pt", name}
@@ -378,17 +453,43 @@ def test_full_disk_in_a_save_leaves_the_old_checkpoints(recipe, straight, tmp_pa
     assert_same_run(run, straight)
 
 
-def test_full_disk_in_a_save_ends_every_process(recipe, stopped, tmp_path):
+def test_a_disk_that_is_full_to_the_end_fails_every_process(recipe, stopped, tmp_path):
     run = copy_of(stopped, tmp_path)
     before = contents(run)
     started = programs.start(TRAIN, "--config", recipe, cwd=tmp_path, ranks=2, largest_file=len(before["last.pt"]) // 2)
     first, second = started.finish()
-    first.assert_failed(FAILED, "could not be written")
+    first.assert_failed(FAILED, "could not be written", "the same command")
     assert (second.code, second.out, second.err) == (FAILED, "", "")
     assert contents(run)["last.pt"] == before["last.pt"]
 
 
-def test_full_disk_outside_a_save(recipe, stopped, tmp_path):
+_FULL_FOR_A_SAVE = """
+import errno, os
+saves = iter([True])
+fsync = os.fsync
+
+def full_now_and_then(descriptor):
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    if "/.step-" in name and next(saves, False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(descriptor)
+
+os.fsync = full_now_and_then
+"""
+
+
+def test_training_survives_a_disk_that_is_full_for_a_while(recipe, straight, tmp_path):
+    ended = run_patched(_FULL_FOR_A_SAVE, recipe, tmp_path).assert_done()
+    assert ended.out.count("No space left on device") == STEPS, "said at every line"
+    assert "Training goes on, and the next save tries again" in ended.out
+    run = tmp_path / "runs/run"
+    for part in ("state_dict", "state_dict_ema", "optimizer"):
+        assert_identical(load(run)[part], load(straight)[part], part)
+    assert load(run)["progress"]["best_epoch"] == EPOCHS, "the best that was never on the disk is forgotten"
+    assert (run / "best.pt").samefile(run / "last.pt")
+
+
+def test_full_disk_at_the_start(recipe, stopped, tmp_path):
     run = copy_of(stopped, tmp_path)
     before = contents(run)
     ended = programs.run(TRAIN, "--config", recipe, cwd=tmp_path, largest_file=len(before["metrics.csv"]) + 20)

@@ -80,7 +80,7 @@ def watch_calls(call: Callable) -> None:
 
 
 def save_and_die(folder: Path, keep: int, step: int, fatal: int) -> int:
-    """Start as a run does, save ``step`` in a process of its own, and kill it at call ``fatal``; return how it ended."""
+    """Start as a run does and save ``step``, in a process that is killed at call ``fatal``; return how it ended."""
     pid = os.fork()
     if pid == 0:
         calls = count()

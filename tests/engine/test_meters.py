@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from volo.engine.meters import BottleneckHint, Throughput, TrainMeters, _CudaMark
 from volo.losses import LossTerms
+from volo.runtime.distributed import World
 
 
 def make_meters() -> TrainMeters:
@@ -28,6 +29,26 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize("ranks_before, ranks_after", [(1, 1), (2, 2), (3, 2), (1, 3)])
+def test_sums_of_a_divided_window_add_up(ranks_before, ranks_after):
+    """Every rank saves its part; as many ranks as there are afterwards take all of the parts."""
+    parts = []
+    for rank in range(ranks_before):
+        meters = make_meters()
+        meters.add_pass(terms(1.0 + rank, 2.0, 3.0), step=0)
+        parts += meters.state()
+    after = [make_meters() for _ in range(ranks_after)]
+    for rank, meters in enumerate(after):
+        meters.load_state(parts, World(rank, ranks_after, rank, torch.device("cpu")))
+    sums = torch.tensor([part for meters in after for part in meters.state()]).sum(0)
+    assert sums.tolist() == [
+        sum(1.0 + rank for rank in range(ranks_before)),
+        2.0 * ranks_before,
+        3.0 * ranks_before,
+        ranks_before,
+    ]
 
 
 def test_means_and_rates_by_hand(clock):

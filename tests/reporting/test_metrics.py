@@ -1,5 +1,6 @@
 """Reporting in files: numbers survive the trip through metrics.csv, TensorBoard and results, and curves are drawn."""
 
+import contextlib
 import csv
 import json
 import math
@@ -194,19 +195,41 @@ def test_a_failed_write_keeps_the_old_results(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json", "results.csv", "results.json"]
 
 
+@contextlib.contextmanager
+def full_disk(size: int):
+    """Let writes beyond ``size`` bytes of a file fail."""
+    old_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old_signal)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writing thread
+def test_rows_that_a_full_disk_refused_follow_later(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(0, 0.0, **{"train/loss": 0.5})
+    with full_disk((tmp_path / "metrics.csv").stat().st_size + 3):  # room for a part of a row
+        for step in (1, 2):
+            writer.scalars(step, step / 7, **{"train/loss": 1 / step})
+    assert "metrics.csv: 2 rows could not be written so far" in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 1
+    writer.scalars(3, 1.0, **{"train/loss": 0.25})
+    writer.close()
+    losses = [0.5, 1.0, 0.5, 0.25]
+    assert [row["train/loss"] for row in read_metrics(tmp_path / "metrics.csv")] == losses
+    assert (3, 0.25) in board_scalars(tmp_path)["train/loss"]
+
+
 def test_a_full_disk_keeps_the_old_file_whole(tmp_path):
     paths = tmp_path / "results.json", tmp_path / "results.csv"
     write_results(*paths, [{"top1": 1.0}])
     before = [path.read_bytes() for path in paths]
-    old_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            write_results(*paths, [{"top1": float(i)} for i in range(1000)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old_signal)
+    with full_disk(4096), pytest.raises(OSError):
+        write_results(*paths, [{"top1": float(i)} for i in range(1000)])
     assert [path.read_bytes() for path in paths] == before
     assert len(list(tmp_path.iterdir())) == 2
 

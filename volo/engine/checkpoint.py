@@ -42,6 +42,9 @@ class TrainState:
     best_epoch: int = -1
     replaced_images: int = 0  # how many times an unreadable image was replaced
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step}"
+
     def state_dict(self) -> dict:
         return asdict(self)
 

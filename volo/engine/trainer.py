@@ -135,6 +135,7 @@ class Trainer:
         title = f"epoch {state.epoch + 1}/{self.config.schedule.total_epochs}"
         bar = ProgressBar(self.steps_per_epoch, title, self.world.is_main, log_every, done=state.step)
         shown = {}
+        distributed.note_doing(state)
         self.learner.wrapped.train()
         self.meters.restart_clock()
         batches = self.meters.timed(self.loader.epoch(state.epoch, start_step=state.step))
@@ -209,6 +210,7 @@ class Trainer:
         config, world = self.config, self.world
         # Ranks update BatchNorm statistics on their own images; what is evaluated is what rank 0 saves.
         distributed.broadcast_buffers(model)
+        distributed.note_doing(f"evaluation after epoch {self.state.epoch}")
         try:
             return evaluate(
                 model,

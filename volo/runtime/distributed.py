@@ -21,6 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 from volo.runtime.device import Place, place_of, require_fitting_places, resolve_device
 from volo.runtime.host_memory import keep_freed_memory
 from volo.runtime.network import choose_gloo_interface
+from volo.runtime.pulse import Pulse
+
+_pulse: Pulse | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         require_fitting_places(places)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        global _pulse
+        _pulse = Pulse(store, rank, size)
     except RuntimeError as error:  # of the store and of gloo; torch's own classes for them derive from it
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
@@ -120,8 +125,23 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    global _pulse
+    if _pulse is not None:
+        _pulse.end()
+        _pulse = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def note_doing(what: object) -> None:
+    """Note what this process does, for messages about it; the text is only made now and then."""
+    if _pulse is not None:
+        _pulse.doing = what
+
+
+def silent_ranks() -> str:
+    """Return which ranks give no sign of life and what they last did; "" if all do. It takes some seconds."""
+    return _pulse.silent() if _pulse is not None else ""
 
 
 def world_size() -> int:

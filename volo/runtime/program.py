@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -56,6 +57,7 @@ def with_options_of(program: dict[str, str], message: str) -> str:
 
 def finish(body: Callable[[], int]) -> None:
     """Run ``body`` and end the process with the exit code it returns or its failure stands for."""
+    threading.excepthook = _report_thread
     try:
         code = body()
     except distributed.OtherRankFailed:
@@ -73,6 +75,14 @@ def finish(body: Callable[[], int]) -> None:
         distributed.shutdown()
         sys.exit(code)
     _exit(code)
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Report a disk that is full in one line (a library's thread writes there); anything else with a traceback."""
+    if isinstance(failed.exc_value, OSError):
+        _logger.warning("thread %s ended: %s", failed.thread and failed.thread.name, failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 def end_at_once(reason: str) -> NoReturn:
@@ -101,7 +111,10 @@ def _unexpected(error: Exception) -> str:
             "evaluation a smaller eval.batch_size"
         )
     if transport := distributed.lost_peer(error):
-        return f"another process of the run is gone or silent ({transport}); if it failed, its own message says why"
+        who = distributed.silent_ranks() or "all still give signs of life"
+        return (
+            f"another process of the run is gone or silent ({transport}): {who}. If it failed, its own message says why"
+        )
     traceback.print_exc()
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}" + (" ... (whole above)" if len(lines) > 1 else "")
