@@ -421,6 +421,7 @@ class TrainConfig:
         keep_checkpoints: Number of epoch checkpoints to keep besides last.pt and best.pt.
         checkpoint_every_epochs: Epochs between checkpoints; the last epoch is always saved.
         log_every_steps: Steps between log lines and TensorBoard points.
+        stop_after_minutes: Stop as after a signal, with a checkpoint saved and exit code 75, this long after the start.
         stop_timeout_seconds: How long the step under way may take after a signal to stop; then the process ends without
             saving.
         collective_timeout_minutes: How long a process waits for the others, over gloo and NCCL, before it fails.
@@ -442,6 +443,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     checkpoint_every_epochs: int = 1
     log_every_steps: int = 50
+    stop_after_minutes: float | None = None
     stop_timeout_seconds: float = 120.0
     collective_timeout_minutes: float = 30.0
 
@@ -450,6 +452,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; at least 1")
         for name in ("stop_timeout_seconds", "collective_timeout_minutes"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; more than 0")
+        minutes = self.stop_after_minutes
+        _require(minutes is None or minutes > 0, f"train.stop_after_minutes is {minutes}; more than 0")
         _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints is {self.keep_checkpoints}; at least 1")
         _require(self.seed >= 0, f"train.seed is {self.seed}; 0 or more")
 

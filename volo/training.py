@@ -41,10 +41,18 @@ def run_training(config: Config) -> int:
     trainer.show_batch()
     finished = trainer.fit()
     if trainer.world.is_main:
-        plot_curves(trainer.run.metrics, trainer.run.curves, title=trainer.run.path.name)
+        draw_curves(trainer.run)
         if finished:
             _logger.info("%s", closing_words(trainer))
     return DONE if finished else STOPPED
+
+
+def draw_curves(run: RunFolder) -> None:
+    """Draw the curves of a run; a picture that cannot be made is no failure of the run."""
+    try:
+        plot_curves(run.metrics, run.curves, title=run.path.name)
+    except Exception as error:  # of the disk, or of the plotting library
+        _logger.warning("%s could not be drawn: %s: %s", run.curves, type(error).__name__, error)
 
 
 def set_up(config: Config) -> Trainer:

@@ -200,6 +200,15 @@ def test_signal_to_one_of_three_processes_stops_all(recipe, straight_on_three, t
     assert_same_run(tmp_path / "runs/run", straight_on_three)
 
 
+def test_a_run_stops_after_the_minutes_it_was_given(recipe, straight, tmp_path):
+    ended = programs.run(TRAIN, "--config", recipe, "--train.stop_after_minutes", 1e-6, cwd=tmp_path)
+    assert (
+        ended.code == STOPPED and ended.out.splitlines()[-1] == "stopped after 1e-06 minutes at epoch 0, step 1; saved"
+    )
+    resume(tmp_path, recipe)
+    assert_same_run(tmp_path / "runs/run", straight)
+
+
 def freeze_one(recipe, folder, *words) -> programs.Started:
     """Start two processes and freeze the second in the first epoch, as a dead GPU or machine would."""
     run = programs.start(TRAIN, "--config", recipe, *words, cwd=folder, ranks=2)
@@ -316,6 +325,23 @@ def run_patched(patch: str, recipe: Path, folder: Path, *words) -> programs.Fini
     return programs.finish(programs.launch(sys.executable, "-c", program, "--config", recipe, *words, **options))
 
 
+_NO_PICTURES = """
+import volo.engine.trainer, volo.training
+
+def broken(*arguments, **options):
+    raise RuntimeError("Failed to load font")
+
+volo.engine.trainer.batch_picture = volo.training.plot_curves = broken
+"""
+
+
+def test_no_picture_ends_a_run(recipe, straight, tmp_path):
+    ended = run_patched(_NO_PICTURES, recipe, tmp_path).assert_done()
+    assert "first batch could not be drawn: RuntimeError: Failed to load font" in ended.out
+    assert "curves.png could not be drawn" in ended.out
+    assert_same_run(tmp_path / "runs/run", straight)
+
+
 _STOP_AFTER_THREE = """
 votes = iter([False, False, True])
 distributed.StopVote.__call__ = lambda self, wish: next(votes)
@@ -365,6 +391,17 @@ def test_a_second_run_in_the_folder_is_told_who_uses_it(recipe, straight, tmp_pa
     first.finish()
     resume(tmp_path, recipe)
     assert_same_run(tmp_path / "runs/run", straight)
+
+
+def test_a_run_survives_that_its_folder_is_deleted(recipe, straight, tmp_path):
+    run = programs.start(TRAIN, "--config", recipe, cwd=tmp_path)
+    run.follow(line(1, 2))
+    os.kill(run.pids[0], signal.SIGSTOP)
+    shutil.rmtree(tmp_path / "runs")
+    os.kill(run.pids[0], signal.SIGCONT)
+    run.finish()[0].assert_done()
+    states = load(tmp_path / "runs/run"), load(straight)
+    assert_identical(*({n: s[n] for n in ("state_dict", "state_dict_ema", "optimizer")} for s in states), "last.pt")
 
 
 # -------------------------------------------------------------------------------------- damaged checkpoints

@@ -14,6 +14,7 @@ What a checkpoint of ours holds (plain containers and tensors only, so it loads 
     is_best                  whether best.pt is this state
 """
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -100,6 +101,8 @@ class CheckpointFolder:
         Checkpoints with a higher step number than ``state`` are from before the run resumed at an earlier one. They are
         deleted, too, or the next start would resume from them.
         """
+        with contextlib.suppress(OSError):  # the save says what is wrong
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
         path = self.folder / f"step-{state['progress']['global_step']:08d}.pt"
         save_atomically({**state, "is_best": is_best}, path)
         self._name(path, self.last)

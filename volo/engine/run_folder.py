@@ -97,7 +97,7 @@ _FIXED_IN_A_RUN = (
 )
 # These say where things are kept, and change nothing in the run.
 _NOT_OF_THE_RUN = (
-    *(("train", name) for name in ("resume", "output", "name")),
+    *(("train", name) for name in ("resume", "output", "name", "stop_after_minutes")),
     ("data", "cache"),
 )
 

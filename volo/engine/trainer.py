@@ -13,6 +13,7 @@ without the stop.
 
 import logging
 import math
+import time
 
 from torch import nn
 
@@ -35,6 +36,7 @@ from volo.runtime.errors import DataError
 from volo.runtime.signals import StopRequest
 
 _logger = logging.getLogger("volo")
+_STARTED = time.monotonic()  # the program imports this module as it starts
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -102,13 +104,23 @@ class Trainer:
         finally:
             self.saver.join()
         if not finished:
-            _logger.info("stopped by a signal at epoch %d, step %d; saved", self.state.epoch, self.state.step)
+            why = f"after {self.config.train.stop_after_minutes:g} minutes" if self._time_is_over else "by a signal"
+            _logger.info("stopped %s at epoch %d, step %d; saved", why, self.state.epoch, self.state.step)
         self.writer.close()
         if replaced := self.state.replaced_images:
             _logger.warning("replaced unreadable training images %d times since the run began", replaced)
         if lost := int(distributed.sum_over_ranks([self.loader.lost_workers])[0]):
             _logger.warning("replaced dead data workers %d times since this process started", lost)
         return finished
+
+    @property
+    def _time_is_over(self) -> bool:
+        minutes = self.config.train.stop_after_minutes
+        return minutes is not None and time.monotonic() - _STARTED >= 60 * minutes
+
+    @property
+    def _wants_to_stop(self) -> bool:
+        return self.stop.requested or self._time_is_over
 
     def _run_epochs(self) -> bool:
         """Train and evaluate from the present position to the end; return False if a signal stopped it."""
@@ -155,9 +167,9 @@ class Trainer:
             if state.step % log_every == 0 or state.step == self.steps_per_epoch:
                 shown = self._log(lr)
             bar.update(1, **shown)
-            stopping = self.stop_vote(self.stop.requested)
+            stopping = self.stop_vote(self._wants_to_stop)
         bar.close()
-        stopping = self.stop_vote.finish(stopping or self.stop.requested)
+        stopping = self.stop_vote.finish(stopping or self._wants_to_stop)
         if state.step == self.steps_per_epoch:
             state.epoch, state.step = state.epoch + 1, 0
         return not stopping
@@ -220,7 +232,7 @@ class Trainer:
                 config.augment.std,
                 autocast=self.learner.precision.autocast,
                 channels_last=self.learner.channels_last,
-                should_stop=lambda: self.stop.requested,
+                should_stop=lambda: self._wants_to_stop,
             )
         except DataError as error:  # on every rank
             self._save()  # the epoch is complete; once the file is repaired, the run resumes from here
@@ -297,7 +309,11 @@ class Trainer:
         if not self.world.is_main:
             return
         epoch = min(self.state.epoch, self.config.schedule.total_epochs - 1)
-        png = batch_picture(self.learner, self.loader, self.splits.classes, epoch, self.state.step)
+        try:
+            png = batch_picture(self.learner, self.loader, self.splits.classes, epoch, self.state.step)
+        except Exception as error:  # of the plotting library, for example; the step itself would fail with its reason
+            _logger.warning("the first batch could not be drawn: %s: %s", type(error).__name__, error)
+            return
         if png is not None:
             self.writer.picture("batch", self.state.global_step, png)
 

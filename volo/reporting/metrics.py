@@ -90,6 +90,10 @@ class MetricsWriter:
     def _write_rows(self) -> None:
         """Write the rows that are not written yet, in one piece: a kill tears at most the last line, which shows."""
         try:
+            if not self.path.exists():  # somebody deleted it
+                header = _csv_lines(self._columns, [], header=True).encode()
+                write_atomic(self.path, header)
+                self._end = len(header)
             with open(self.path, "r+b") as file:
                 file.truncate(self._end)  # behind it may be a part of a row, from when the disk was full
                 file.seek(self._end)
