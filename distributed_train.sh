@@ -12,7 +12,7 @@
 # NUMA_BINDING=node (or another mode of torchrun's --numa-binding) keeps each process on the cores near its GPU.
 # PYTHON chooses the interpreter; else it is .venv's, else python on PATH.
 # Exit codes: those of train.py (0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved).
-# SIGINT, SIGTERM and SIGHUP stop the run: the step is finished and a checkpoint saved.
+# SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) stop the run: the step is finished and a checkpoint saved.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 1
 
@@ -107,12 +107,16 @@ forward() {
     echo "distributed_train.sh: stopping: the step is finished and a checkpoint saved" >&2
 }
 trap 'forward INT' INT
-trap 'forward TERM' TERM HUP
+trap 'forward TERM' TERM HUP USR1
 trap '' PIPE # Ctrl-C also ends the reader of "... 2>&1 | tee log": saying so must not end this script
 
 # Job control gives torchrun a process group of its own: Ctrl-C reaches it once, through `forward`, not twice.
+# SIGUSR1 to every process of a job would end torchrun, which knows it not, before its processes have saved.
 set -m
-"$PYTHON" -m torch.distributed.run "${place[@]}" "$root/train.py" "$@" </dev/null &
+(
+    trap '' USR1
+    exec "$PYTHON" -m torch.distributed.run "${place[@]}" "$root/train.py" "$@" </dev/null
+) &
 torchrun=$!
 [ -z "$stop" ] || kill -s "$stop" "$torchrun" # it came before torchrun was there
 while signalled=0; wait "$torchrun"; code=$?; [ $signalled = 1 ]; do :; done

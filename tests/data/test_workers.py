@@ -45,7 +45,7 @@ def kill(*workers) -> None:
 # --------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_workers_survive_the_signal_to_stop(records, sent):
     """After a signal to the whole process group the main process still needs the batches of its step."""
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=1, workers=1, epochs=1)

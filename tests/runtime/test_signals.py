@@ -21,6 +21,30 @@ def request_to_stop():
     stop.restore()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_each_signal_is_a_wish_to_stop(signum):
+    before = signal.getsignal(signum)
+    stop = StopRequest()
+    try:
+        assert signal.getsignal(signum) != before, "it would end the process"
+        os.kill(os.getpid(), signum)
+        assert stop.requested
+    finally:
+        stop.restore()
+    assert signal.getsignal(signum) == before
+
+
+def test_a_closed_terminal_means_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        stop.restore()
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_signals_of_one_wish_are_taken_together(request_to_stop):
     assert not request_to_stop.requested
     for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):

@@ -202,12 +202,13 @@ def test_launcher_chooses_the_interpreter(launcher, tmp_path):
     assert launcher.seen()["argv"][0] == str(launcher.python)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name)
 def test_launcher_forwards_a_signal_and_waits(launcher, signum):
     """Like torchrun, the program in its place ends some time after the signal, with exit code 1."""
     expected = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
     body = f"""
     signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{expected.name}}})
+    os.kill(os.getpid(), signal.SIGUSR1)  # to every process of a job; it must not end torchrun
     print(f"ready {{os.getpgrp() == os.getpid()}}", flush=True)
     signal.sigwait({{signal.{expected.name}}})
     Path(os.environ["VOLO_EXIT_FILE"]).write_text("75")

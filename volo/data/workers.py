@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from volo.data.dataset import Batch, EvalImages, TrainImages
 from volo.runtime.errors import DataError
+from volo.runtime.signals import stop_signals
 
 PREFETCHED_BATCHES = 2  # per worker
 _GRACE_SECONDS = 60
@@ -365,6 +366,7 @@ def _start_worker(pids, worker: int) -> None:
     finish its step and save.
     """
     pids[worker] = os.getpid()
+    for signum in stop_signals():
+        signal.signal(signum, lambda *_: signal.alarm(_GRACE_SECONDS))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

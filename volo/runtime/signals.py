@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step, and the end of a process whose step never ends."""
+"""Signals as a request to stop after the current step, and the end of a process whose step never ends."""
 
 import os
 import signal
@@ -11,8 +11,18 @@ from volo.runtime.program import end_at_once
 _SAME_REQUEST_SECONDS = 5.0
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop.
+
+    SIGTERM and SIGINT; SIGUSR1, with which Slurm warns of the end of a job; and SIGHUP, the end of a terminal, unless
+    the process was started to ignore it, as nohup does.
+    """
+    asked = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*asked, signal.SIGHUP]
+
+
 class StopRequest:
-    """``requested`` turns true at the first SIGTERM or SIGINT; a separate later signal ends the process at once.
+    """``requested`` turns true at the first of :func:`stop_signals`; a separate later one ends the process at once.
 
     Args:
         limit_seconds: If given, the process is ended with exit code 1 unless :meth:`heed` is called within this time
@@ -23,7 +33,7 @@ class StopRequest:
     def __init__(self, limit_seconds: float | None = None):
         self.requested = False
         self._since = 0.0
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {s: signal.signal(s, self._handle) for s in stop_signals()}
         self._heeded = threading.Event()
         self._writer: int | None = None
         if limit_seconds is not None:
