@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 
 from volo.runtime.device import Place, place_of, require_fitting_places, resolve_device
 from volo.runtime.host_memory import keep_freed_memory
@@ -24,6 +23,7 @@ from volo.runtime.network import choose_gloo_interface
 from volo.runtime.pulse import Pulse
 
 _pulse: Pulse | None = None
+from volo.runtime.rendezvous import join
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
         choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store, rank, size = join(timeout)
         # Before the groups are made: those of the CPU and of CUDA would wait for one another.
         store.set(f"place/{rank}", json.dumps(place_of(device)))
         places = [Place(*json.loads(place)) for place in store.multi_get([f"place/{r}" for r in range(size)])]
