@@ -10,6 +10,8 @@
 #   NNODES=2 RDZV_ENDPOINT=node0:29400 [RDZV_ID=volo] [RDZV_BACKEND=c10d] ./distributed_train.sh 8 --config ...
 #
 # NUMA_BINDING=node (or another mode of torchrun's --numa-binding) keeps each process on the cores near its GPU.
+# MAX_RESTARTS (3) is how often the run starts again, from its last checkpoint, after a process was killed, a peer lost or
+# an unforeseen error. A run that was stopped, used wrongly, or gave a reason that would come again is not.
 # PYTHON chooses the interpreter; else it is .venv's, else python on PATH.
 # Exit codes: those of train.py (0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved).
 # SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) stop the run: the step is finished and a checkpoint saved.
@@ -31,7 +33,10 @@ shift
 is_number "$num_processes" && [ "$num_processes" -ge 1 ] ||
     usage_error "N is '$num_processes'; it is the number of processes on this machine, 1 or more, and comes first"
 
-place=(--nproc_per_node "$num_processes")
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+is_number "$MAX_RESTARTS" || usage_error "MAX_RESTARTS is '$MAX_RESTARTS'; it is how often a failed run starts again"
+
+place=(--nproc_per_node "$num_processes" --max_restarts "$MAX_RESTARTS")
 served_port= # by this machine, where the others look for it
 if [ -n "${RDZV_ENDPOINT:-}" ]; then
     [ -n "${NNODES:-}" ] || usage_error "RDZV_ENDPOINT is set but NNODES is not: set it to the number of machines"
@@ -91,8 +96,10 @@ fi
 # --- Run. torchrun makes 1 of every exit code of its processes, and ends with a screen of its own words. So the first
 # process of this machine leaves its code in this file, and the first that fails its reason beside it.
 exit_file=$(mktemp "${TMPDIR:-/tmp}/volo_exit.XXXXXX") || exit 1
-trap 'rm -f "$exit_file" "$exit_file.reason"' EXIT
+trap 'rm -f "$exit_file" "$exit_file".reason.*' EXIT
 export VOLO_EXIT_FILE=$exit_file
+# To this process they send SIGUSR2 when another attempt would end as theirs did.
+export VOLO_LAUNCHER=$$
 # A stopped run needs time to write its checkpoint before torchrun kills it (torchrun's own default: 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
@@ -103,18 +110,20 @@ forward() {
     signalled=1
     [ -z "$stop" ] || return # a second signal makes torchrun leave while its processes are still saving
     stop=$1
-    [ -z "$torchrun" ] || kill -s "$stop" "$torchrun"
+    [ -z "$torchrun" ] || kill -s "$stop" "$torchrun" 2>/dev/null # it may have ended by itself
+    [ -z "${2:-}" ] || return
     echo "distributed_train.sh: stopping: the step is finished and a checkpoint saved" >&2
 }
 trap 'forward INT' INT
 trap 'forward TERM' TERM HUP USR1
+trap 'forward TERM forgo-restarts' USR2
 trap '' PIPE # Ctrl-C also ends the reader of "... 2>&1 | tee log": saying so must not end this script
 
 # Job control gives torchrun a process group of its own: Ctrl-C reaches it once, through `forward`, not twice.
 # SIGUSR1 to every process of a job would end torchrun, which knows it not, before its processes have saved.
 set -m
 (
-    trap '' USR1
+    trap '' USR1 USR2
     exec "$PYTHON" -m torch.distributed.run "${place[@]}" "$root/train.py" "$@" </dev/null
 ) &
 torchrun=$!
@@ -126,7 +135,9 @@ if [ $code -ne 0 ] && [ -s "$exit_file" ]; then
     # 0 there means another rank failed after rank 0 was done.
     is_number "$recorded" && [ "$recorded" -ne 0 ] && code=$recorded
 fi
-if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ -s "$exit_file.reason" ]; then
-    echo "distributed_train.sh: error: $(cat "$exit_file.reason")" >&2
+reason=
+for file in "$exit_file".reason.*; do reason=$file; done # of the last attempt
+if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ -s "$reason" ]; then
+    echo "distributed_train.sh: error: $(cat "$reason")" >&2
 fi
 exit "$code"

@@ -15,7 +15,16 @@ def run(*words, env=None, **options) -> subprocess.CompletedProcess:
 
 def clean_env(**changes: str) -> dict[str, str]:
     """The environment without the variables that the scripts read (the tests themselves may run under them)."""
-    dropped = (*PLACE, *RENDEZVOUS, "PYTHON", "VOLO_EXIT_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    dropped = (
+        *PLACE,
+        *RENDEZVOUS,
+        "PYTHON",
+        "VOLO_EXIT_FILE",
+        "VOLO_LAUNCHER",
+        "MAX_RESTARTS",
+        "OMP_NUM_THREADS",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+    )
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
     return kept | {k: str(v) for k, v in changes.items()}
 

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from volo.config import REMOVED_FIELDS, RENAMED_VALUES, Config
-from volo.runtime.exit_codes import USAGE, leave_for_launcher
+from volo.runtime.exit_codes import USAGE, forgo_restarts, leave_for_launcher
 
 _Options = TypeVar("_Options")
 
@@ -34,6 +34,7 @@ class RecipeParser(ArgumentParser):
         print(f"Every option with its meaning: {self.prog} --help", file=sys.stderr)
         print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
         leave_for_launcher(USAGE, f"{message}{hint}")
+        forgo_restarts()
         sys.exit(USAGE)
 
     def _nearest(self, message: str) -> str:

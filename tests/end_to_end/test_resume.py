@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -402,6 +403,33 @@ def test_a_run_survives_that_its_folder_is_deleted(recipe, straight, tmp_path):
     run.finish()[0].assert_done()
     states = load(tmp_path / "runs/run"), load(straight)
     assert_identical(*({n: s[n] for n in ("state_dict", "state_dict_ema", "optimizer")} for s in states), "last.pt")
+
+
+def rank_0_of(launcher: subprocess.Popen) -> int:
+    """Return the process id of rank 0 under the launcher."""
+
+    def children(pid: int) -> list[int]:
+        return [int(word) for word in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+
+    ranks = [rank for torchrun in children(launcher.pid) for rank in children(torchrun)]
+    return next(pid for pid in ranks if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds rank 0 in /proc")
+def test_a_killed_process_is_replaced_by_the_launcher(recipe, straight_on_three, tmp_path):
+    """Also where the second attempt finds the checkpoints of the first, and must not start in such a folder."""
+    words = ("--config", recipe, "--train.resume", "never")
+    process = programs.launch(LAUNCHER, 3, *words, cwd=tmp_path, PYTHON=sys.executable)
+    seen = ""
+    for printed in process.stdout:
+        seen += printed
+        if line(2, 2) in printed:
+            os.kill(rank_0_of(process), signal.SIGKILL)
+            break
+    ended = programs.finish(process, seen).assert_done()
+    assert ended.out.count("resuming from runs/run/last.pt: epoch 1, step 0\n") == 1, "the first restart succeeds"
+    for part in ("state_dict", "state_dict_ema", "optimizer", "progress"):
+        assert_identical(load(tmp_path / "runs/run")[part], load(straight_on_three)[part], part)
 
 
 # -------------------------------------------------------------------------------------- damaged checkpoints

@@ -65,8 +65,8 @@ def test_launcher_forwards_every_argument_as_it_is(launcher):
     words = ["--config", "configs/a b.yaml", "--train.name", "", "--data.root", "$HOME/*", 'say "hi"', "a\nb"]
     assert launcher(4, *words).returncode == 0
     argv = launcher.seen()["argv"][1:]
-    expected = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", str(launcher.root / "train.py")]
-    assert argv == [*expected, *words]
+    expected = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--max_restarts", "3", "--standalone"]
+    assert argv == [*expected, str(launcher.root / "train.py"), *words]
 
 
 def test_launcher_runs_in_the_current_folder(launcher, tmp_path):
@@ -115,7 +115,7 @@ def test_launcher_passes_the_numa_binding_on_if_torchrun_knows_it(launcher):
 def test_launcher_passes_the_rendezvous_on(launcher, env, place):
     assert launcher(2, "--config", "x.yaml", **env).returncode == 0
     argv = launcher.seen()["argv"]
-    start = argv.index("--nproc_per_node") + 2
+    start = argv.index("--max_restarts") + 2
     assert argv[start : argv.index(str(launcher.root / "train.py"))] == place
 
 
@@ -134,6 +134,7 @@ def test_launcher_passes_the_rendezvous_on(launcher, env, place):
         (["2"], {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
         (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         (["2"], {"RDZV_ENDPOINT": "a:1"}, "NNODES"),
+        (["2"], {"MAX_RESTARTS": "many"}, "MAX_RESTARTS is 'many'"),
     ],
 )
 def test_launcher_refuses_wrong_usage_before_any_work(launcher, words, env, message):
@@ -223,6 +224,36 @@ def test_launcher_forwards_a_signal_and_waits(launcher, signum):
         assert process.stdout.readline() == "saved\n"
         assert process.wait() == 75
     assert list(launcher.scratch.iterdir()) == []
+
+
+def test_launcher_spares_the_attempts_that_would_end_alike(launcher):
+    """The program in the place of torchrun would start another attempt, were it not told to end."""
+    body = """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+left = Path(os.environ["VOLO_EXIT_FILE"])
+left.write_text("2")
+for attempt, reason in enumerate(("a lost peer", "a wrong option")):
+    Path(f"{left}.reason.{attempt:04d}").write_text(reason)
+for _ in range(3):  # from every rank
+    os.kill(int(os.environ["VOLO_LAUNCHER"]), signal.SIGUSR2)
+signal.sigwait({signal.SIGTERM})
+sys.exit(1)
+"""
+    done = launcher(2, body=body, MAX_RESTARTS="7")
+    assert (done.returncode, done.stderr) == (2, "distributed_train.sh: error: a wrong option\n")
+    assert "--max_restarts 7" in " ".join(launcher.seen()["argv"])
+    assert list(launcher.scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_launcher_starts_a_refused_command_once(launcher):
+    """The real torchrun, whose processes refuse their options."""
+    launcher.python = Path(sys.executable)
+    (launcher.root / "train.py").write_text((ROOT / "train.py").read_text())
+    done = launcher(2, "--no.such.option", "1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert 1 <= done.stderr.count("train.py: error: ") <= 2, done.stderr  # once a process, unless ended before
+    assert "no.such.option" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ from volo.models.weights import UnreadableCheckpoint, read_checkpoint
 from volo.runtime.device import snapshot
 from volo.runtime.errors import Failure
 from volo.runtime.files import atomic_file, link_atomic
+from volo.runtime.rendezvous import remember
+
+SAVED = "saved a checkpoint"  # what a run remembers over restarts of its processes
 
 _logger = logging.getLogger("volo")
 
@@ -183,6 +186,7 @@ class BackgroundSaver:
             try:
                 wait_for_copies()
                 self._checkpoints.save(taken, is_best)
+                remember(SAVED)
                 self.error = None
             except SaveError as error:
                 self.error = error

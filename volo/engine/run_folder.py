@@ -9,8 +9,9 @@ from pathlib import Path
 from volo.cli import config_to_dict, save_config, upgraded
 from volo.config import Config, ModelConfig
 from volo.data.sources.records import Splits
-from volo.engine.checkpoint import CheckpointFolder, read_own_checkpoint
+from volo.engine.checkpoint import SAVED, CheckpointFolder, read_own_checkpoint
 from volo.runtime.files import FolderInUse, lock_folder, remove_temporary_files
+from volo.runtime.rendezvous import remembers
 
 _logger = logging.getLogger("volo")
 
@@ -46,15 +47,20 @@ class RunFolder:
     def find_checkpoint(self, config: Config) -> tuple[Path, dict] | None:
         """Return the checkpoint to resume from, by ``train.resume``; None for a fresh start.
 
+        If torchrun has started this run again after it had saved, that is the run to go on with, whatever
+        ``train.resume`` says; and if only the end of it was left, there is nothing to refuse.
+
         Raises ValueError if the folder holds a finished run, or one that must not be touched.
         """
-        if config.train.resume not in ("auto", "never"):
-            path = Path(config.train.resume)
+        restarted = remembers(SAVED)
+        resume = "auto" if restarted else config.train.resume
+        if resume not in ("auto", "never"):
+            path = Path(resume)
             found = path, read_own_checkpoint(path)
             if path.resolve().parent != self.path.resolve():
                 # best.pt is the best of this folder's own evaluations.
                 found[1]["progress"].update(best_top1=-1.0, best_epoch=-1)
-        elif config.train.resume == "never":
+        elif resume == "never":
             if self.checkpoints.exists():
                 raise ValueError(
                     f"run folder {self.path} already holds checkpoints, and train.resume is 'never'. Choose another "
@@ -68,7 +74,8 @@ class RunFolder:
             self.checkpoints.complete_save(*found)
         path, state = found
         done, total = state["progress"]["epoch"], config.schedule.total_epochs
-        if done >= total and state["progress"]["closed_epochs"] >= done and self._has_curves_of(path):
+        finished = done >= total and state["progress"]["closed_epochs"] >= done
+        if finished and not restarted and self._has_curves_of(path):
             if path.resolve().parent != self.path.resolve():
                 raise ValueError(f"train.resume {path} is from a finished run ({done} of {total} epochs)")
             raise ValueError(

@@ -21,9 +21,9 @@ from volo.runtime.device import Place, place_of, require_fitting_places, resolve
 from volo.runtime.host_memory import keep_freed_memory
 from volo.runtime.network import choose_gloo_interface
 from volo.runtime.pulse import Pulse
+from volo.runtime.rendezvous import join
 
 _pulse: Pulse | None = None
-from volo.runtime.rendezvous import join
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Exit codes of the programs, and how they get past torchrun.
 
 torchrun turns every code but 0 into 1 and ends with a long report of its own. If distributed_train.sh has named a file,
-the first process of a machine therefore writes its code there, and the first process to fail its reason beside it.
+the first process of a machine therefore writes its code there, and the first process to fail its reason beside it, by
+attempt: torchrun starts everything again after a failure, up to MAX_RESTARTS times.
 """
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
@@ -17,10 +19,20 @@ def leave_for_launcher(code: int, reason: str | None = None) -> None:
     if not named:
         return
     first_to_fail = False
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with contextlib.suppress(OSError):  # on a full disk the launcher falls back on torchrun's code
         if reason is not None:
-            with contextlib.suppress(FileExistsError), open(f"{named}.reason", "x", encoding="utf-8") as file:
+            reason_file = f"{named}.reason.{attempt:04d}"
+            with contextlib.suppress(FileExistsError), open(reason_file, "x", encoding="utf-8") as file:
                 file.write(reason)
                 first_to_fail = True
         if first_to_fail or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             Path(named).write_text(str(code))
+
+
+def forgo_restarts() -> None:
+    """Ask distributed_train.sh, if it started us, to end torchrun: another attempt would end as this one."""
+    launcher = os.environ.get("VOLO_LAUNCHER")
+    if launcher:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(int(launcher), signal.SIGUSR2)

@@ -18,7 +18,7 @@ import torch
 
 from volo.runtime import distributed
 from volo.runtime.errors import Failure, UnusableFile
-from volo.runtime.exit_codes import DONE, FAILED, STOPPED, USAGE, leave_for_launcher
+from volo.runtime.exit_codes import DONE, FAILED, STOPPED, USAGE, forgo_restarts, leave_for_launcher
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -56,21 +56,35 @@ def with_options_of(program: dict[str, str], message: str) -> str:
 
 
 def finish(body: Callable[[], int]) -> None:
-    """Run ``body`` and end the process with the exit code it returns or its failure stands for."""
+    """Run ``body`` and end the process with the exit code it returns or its failure stands for.
+
+    Under distributed_train.sh another attempt follows only if a process is gone, or an error was not foreseen (a GPU
+    that fell off the bus, say): whatever else ended the run would end it again.
+    """
     threading.excepthook = _report_thread
+    again = False
     try:
         code = body()
     except distributed.OtherRankFailed:
         code = FAILED
     except UsageError as error:
         code = _fail(str(error), USAGE)
-    except (ValueError, Failure, ArithmeticError, distributed.RendezvousFailed) as error:
+    except distributed.RendezvousFailed as error:
+        code, again = _fail(str(error), FAILED), True
+    except (ValueError, Failure, ArithmeticError) as error:
         code = _fail(str(error), FAILED)  # expected failures, which explain themselves
     except KeyboardInterrupt:
         code = _fail("interrupted before a checkpoint could be saved", FAILED)
     except Exception as error:
+        again = not _out_of_room(error)
         code = _fail(_unexpected(error), FAILED)
     leave_for_launcher(code)
+    if code == STOPPED:
+        with contextlib.suppress(RuntimeError):  # of a process that is gone
+            distributed.barrier()  # as soon as one has left, torchrun ends those that have not left their code yet
+    if code != DONE and not again:
+        sys.stdout.flush()
+        forgo_restarts()
     if code in (DONE, STOPPED):
         distributed.shutdown()
         sys.exit(code)
@@ -98,6 +112,10 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _out_of_room(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)
 
 
 def _unexpected(error: Exception) -> str:

@@ -14,6 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.02
 
+_store: Store | None = None  # of torchrun; of rank 0, and gone with it, without torchrun
+
 
 def join(timeout: timedelta) -> tuple[Store, int, int]:
     """Meet the processes that torchrun started together with this one, as the environment describes.
@@ -24,10 +26,23 @@ def join(timeout: timedelta) -> tuple[Store, int, int]:
     Raises:
         RuntimeError: The store cannot be reached, or another process did not come within ``timeout``.
     """
+    global _store
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     while isinstance(store, PrefixStore):  # some versions of PyTorch set attempts apart by the count of restarts
         store = store.underlying_store
+    _store = store
     return meet(store, rank, size, timeout), rank, size
+
+
+def remember(fact: str) -> None:
+    """Note ``fact`` for processes that torchrun starts in the place of these; without torchrun nothing is noted."""
+    if _store is not None:
+        _store.set(f"fact/{fact}", "")
+
+
+def remembers(fact: str) -> bool:
+    """Return whether this run has noted ``fact``, in this attempt or an earlier one."""
+    return _store is not None and _store.check([f"fact/{fact}"])
 
 
 def meet(shared: Store, rank: int, size: int, timeout: timedelta) -> Store:
