@@ -25,6 +25,7 @@ from volo.reporting import ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
 from volo.runtime.compiling import compile_in_place, compile_problem, seconds_compiling
 from volo.runtime.distributed import World
+from volo.runtime.errors import Failure
 from volo.runtime.memory_format import convolutions_to_channels_last, wants_channels_last
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, checking_usage
@@ -139,6 +140,8 @@ def load_weights(model: VOLO, options: ValidationOptions) -> tuple[LoadReport | 
             f"untrained head would be evaluated. Set --model.num_classes {report.num_classes}"
         )
     classes = file.get("classes")
+    if classes and not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"{path}: its entry classes is no list of names. Save its state_dict alone")
     return report, tuple(classes) if classes else None
 
 
@@ -287,6 +290,7 @@ def evaluate_dataset(model: VOLO, dataset: Dataset, config: Config, precision: P
     seen = evaluation.labels.images + len(evaluation.skipped)
     assert seen == listed, f"{seen} images were evaluated or skipped, {listed} were listed"
     report_oddities(evaluation, dataset)
+    require_finite(evaluation, dataset)
 
     def result(name: str, accuracy: Accuracy, published_as: str | None) -> Result:
         height, width = config.model.image_hw
@@ -297,6 +301,17 @@ def evaluate_dataset(model: VOLO, dataset: Dataset, config: Config, precision: P
     if evaluation.real is not None:
         results.append(result(f"{dataset.name}-real", evaluation.real, "real"))
     return results
+
+
+def require_finite(evaluation: Evaluation, dataset: Dataset) -> None:
+    """Raise Failure if nothing was evaluated or the logits were not finite: the counts would say nothing."""
+    if evaluation.labels.images == 0:
+        raise Failure(f"{dataset.name}: none of its {len(dataset.records):,} images could be read; no results")
+    if not math.isfinite(evaluation.labels.loss):
+        raise Failure(
+            f"{dataset.name}: the mean loss is {evaluation.labels.loss}, so the network's outputs are NaN or infinite "
+            "and its accuracy says nothing; no results were written. Try train.precision fp32, or other weights"
+        )
 
 
 def report_oddities(evaluation: Evaluation, dataset: Dataset) -> None:

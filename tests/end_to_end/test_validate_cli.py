@@ -405,6 +405,21 @@ def test_damaged_or_malicious_checkpoint(trained, tmp_path, how):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_an_evaluation_that_is_not_finite_is_no_success(trained, tmp_path):
+    recipe, run, _ = trained
+    state = torch.load(run / "last.pt", weights_only=True)["state_dict"]
+    state["norm.weight"].fill_(3e38)  # finite, as every weight of a file has to be
+    torch.save(state, tmp_path / "net.pt")
+    ended = programs.run(VALIDATE, "--config", recipe, "--checkpoint", tmp_path / "net.pt", cwd=tmp_path)
+    ended.assert_failed(FAILED, "the mean loss is nan", "no results were written")
+    assert not (tmp_path / "results.json").exists()
+    state["norm.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "net.pt")
+    for program in (VALIDATE, "--checkpoint"), (TRAIN, "--train.name", "nan", "--model.checkpoint"):
+        ended = programs.run(program[0], "--config", recipe, *program[1:], tmp_path / "net.pt", cwd=tmp_path)
+        ended.assert_failed(FAILED, "values of norm.weight are NaN or infinite")
+
+
 def test_unknown_class_folder_is_never_mapped_to_another_class(images, trained, tmp_path):
     recipe, run, _ = trained
     (tmp_path / "images").mkdir()

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from volo.models import create_model, load_checkpoint, read_checkpoint
+from volo.models import create_model, load_checkpoint, read_checkpoint, weights
 
 
 def states_equal(a, b):
@@ -246,13 +247,67 @@ def test_another_model_is_named(tmp_path, make_small):
         {"state_dict": {}},
         {"state_dict": [1, 2]},
         {"state_dict": {"norm.bias": "text"}},
-        {"state_dict": {"norm.bias": torch.zeros(2, device="meta")}},
-        {"state_dict": {"norm.bias": torch.zeros(2, 2).to_sparse()}},
     ],
 )
 def test_a_dict_without_weights(content, tmp_path, make_small):
     torch.save(content, tmp_path / "a.pt")
     assert_refused(make_small(), tmp_path / "a.pt", "no weights")
+
+
+def quantized(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.quantize_per_tensor(torch.ones(shape), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about quantized and sparse tensors
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("norm.bias", "text", "norm.bias in state_dict is a str instead of a tensor"),
+        ("norm.bias", None, "norm.bias in state_dict is a NoneType"),
+        ("norm.bias", {"norm.bias": torch.zeros(2)}, "norm.bias in state_dict is a dict"),
+        (3, torch.zeros(2), "3 in state_dict is named by a int"),
+        (("norm", "bias"), torch.zeros(2), "('norm', 'bias') in state_dict is named by a tuple"),
+        (b"norm.bias", torch.zeros(2), "b'norm.bias' in state_dict is named by a bytes"),
+        ("a\nb", torch.zeros(2), "1 unexpected: 'a\\nb'."),
+        ("norm.bias", torch.zeros(2, device="meta"), "norm.bias in state_dict is an empty (meta) tensor"),
+        ("norm.bias", torch.zeros(2, 2).to_sparse(), "norm.bias in state_dict is a sparse tensor"),
+        ("norm.bias", quantized(2), "norm.bias in state_dict is a quantized tensor"),
+        ("norm.bias", torch.zeros(64, dtype=torch.bool), "norm.bias in state_dict is a tensor of torch.bool"),
+        ("norm.bias", torch.zeros(64, dtype=torch.complex64), "norm.bias in state_dict is a tensor of torch.complex64"),
+        ("norm.bias", torch.zeros(0), "norm.bias in state_dict is a tensor without values, [0]"),
+        ("pos_embed", torch.zeros(1, 0, 0, 64), "pos_embed in state_dict is a tensor without values, [1, 0, 0, 64]"),
+        ("pos_embed", torch.zeros(1).expand(1, 1 << 20, 1 << 20, 64), "of which the file has 4 bytes"),
+        ("head.weight", torch.zeros(()), "head.weight (file [], model ["),
+        ("head.weight", torch.zeros(3), "head.weight (file [3], model ["),
+    ],
+)
+def test_an_entry_that_is_no_weight_is_named(key, value, message, tmp_path, make_small):
+    model = make_small()
+    torch.save({"state_dict": {**model.state_dict(), key: value}}, tmp_path / "a.pt")
+    assert_refused(model, tmp_path / "a.pt", message)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("key", ["norm.bias", "pos_embed", "patch_embed.conv.1.running_var"])
+def test_a_weight_that_is_not_finite_is_named(key, wrong, tmp_path, make_small):
+    model = make_small()
+    state = {name: tensor.double() for name, tensor in copied(model).items()}
+    state[key].view(-1)[0] = wrong
+    torch.save({"state_dict_ema": state}, tmp_path / "a.pt")
+    size = state[key].numel()
+    assert_refused(model, tmp_path / "a.pt", f"1 of {size} values of {key} are NaN or infinite", use_ema=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integers_are_no_weights(dtype, tmp_path, make_small):
+    model = make_small()
+    state = copied(model)
+    state["norm.bias"] = state["norm.bias"].to(dtype)
+    state["pos_embed"] = torch.zeros(1, 3, 3, state["pos_embed"].shape[-1], dtype=dtype)
+    torch.save(state, tmp_path / "a.pt")
+    assert_refused(model, tmp_path / "a.pt", f"2 not of floats: pos_embed ({dtype}), norm.bias ({dtype}).")
 
 
 def test_something_else_than_a_dict(tmp_path, make_small):
@@ -304,6 +359,35 @@ def test_one_flipped_bit(tmp_path, make_small):
 def test_some_other_file(content, name, tmp_path, make_small):
     (tmp_path / name).write_bytes(content)
     assert_refused(make_small(), tmp_path / name, "no checkpoint")
+
+
+def nested(how):
+    value = [1.0]
+    for _ in range(22 if how == "many times" else 200):
+        value = [value, value] if how == "many times" else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("how", ["many times", "deep"])
+def test_nested_metadata_is_bounded(how, tmp_path, make_small):
+    model = make_small()
+    torch.save({"state_dict": model.state_dict(), "extra": nested(how)}, tmp_path / "a.pt")
+    assert_refused(model, tmp_path / "a.pt", "nested more than 100 deep or have more than 2,000,000 values")
+
+
+def test_a_file_that_unpacks_to_far_more_is_refused(tmp_path, make_small):
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    assert_refused(make_small(), path, "unpacks to 1,048,576 bytes")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_listing_of_the_tensors_is_bounded(suffix, tmp_path, make_small, monkeypatch):
+    monkeypatch.setattr(weights, "_LARGEST_LISTING", 1000)
+    model, path = make_small(), tmp_path / f"a{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(model.state_dict(), path)
+    assert_refused(model, path, "allowed are 1,000")
 
 
 class Trap:
