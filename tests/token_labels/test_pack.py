@@ -85,7 +85,7 @@ def test_published_labels_are_packed(source, capsys):
     assert header.classes == imagenet_classes()
     out = capsys.readouterr().out
     size = sum(file.stat().st_size for file in store.path.iterdir())
-    assert f"store: 12 entries, maps 3x4 (6), 4x4 (6), {size:,} bytes in 6 files" in out
+    assert f"store: 12 entries, maps 3x4 (6), 4x4 (6), {size:,} bytes in 7 files" in out
     assert "1 files of other kinds" in out
     assert "packing  step 12/12" in out and "ETA" in out
 

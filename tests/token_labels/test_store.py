@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from label_maps import LABELS, assert_same, drawn_map, published, write_store
 
 from volo.token_labels import store, writer
 from volo.token_labels.pt_folder import PublishedLabels
+from volo.token_labels.source import LabelSource
 from volo.token_labels.store import StoreHeader, TokenLabelMap, TokenLabelStore, label_key
 
 FORK = multiprocessing.get_context("fork")
@@ -64,9 +66,13 @@ def test_files_follow_the_format(packed):
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     scores, classes = np.fromfile(packed / "scores.bin", "<f2"), np.fromfile(packed / "classes.bin", "<i2")
     keys = (packed / "keys.bin").read_bytes().decode()
-    rows = struct.iter_unpack("<qqii", (packed / "entries.bin").read_bytes())
+    records = (packed / "entries.bin").read_bytes()
+    rows = struct.iter_unpack("<qqii", records)
+    checksums = np.fromfile(packed / "checksums.bin", "<u4").tolist()
     begin = 0
-    for (key, label), row in zip(LABELS.items(), rows, strict=True):
+    for i, ((key, label), row) in enumerate(zip(LABELS.items(), rows, strict=True)):
+        content = records[24 * i : 24 * (i + 1)] + label.scores.tobytes() + label.classes.tobytes()
+        assert checksums[i] == zlib.crc32(content)
         start, key_end, *hw = row
         assert hw == list(label.scores.shape[1:])
         assert keys[begin:key_end] == key
@@ -217,7 +223,7 @@ def test_unknown_version(packed):
             TokenLabelStore(packed)
 
 
-@pytest.mark.parametrize("name", store.FILES)
+@pytest.mark.parametrize("name", (*store.FILES, store.CHECKSUMS))
 def test_incomplete(packed, name):
     path = packed / name
     content = path.read_bytes()
@@ -241,6 +247,19 @@ def test_incomplete(packed, name):
         {"entries": 0},
         {"entries": 3},
         {"entries": "four"},
+        {"entries": -4},
+        {"entries": 1 << 70},
+        {"entries": float("inf")},
+        {"top_k": -2},
+        {"top_k": 1 << 40},
+        {"num_classes": float("inf")},
+        {"classes": [[]] * 10},
+        {"classes": ["one name"]},
+        {"covers": "nothing"},
+        {"exif": "sometimes"},
+        {"files": dict.fromkeys(store.FILES, {"bytes": -1, "sha256": "0" * 64})},
+        {"files": dict.fromkeys(store.FILES, {"bytes": float("inf"), "sha256": "0" * 64})},
+        {"files": [*store.FILES]},
     ],
 )
 def test_damaged_header(packed, changes):
@@ -257,6 +276,43 @@ def test_entries_that_do_not_match_the_files(packed, offset, value):
     struct.pack_into("<i", content, offset, value)
     (packed / "entries.bin").write_bytes(content)
     with pytest.raises(ValueError, match="entries.bin is not the table"):
+        TokenLabelStore(packed)
+
+
+def test_a_header_of_any_size_and_depth(packed, monkeypatch):
+    (packed / "header.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match="header.json is not the header of a store"):
+        TokenLabelStore(packed)
+    assert not store.is_store(packed)
+    monkeypatch.setattr(store, "_LARGEST_HEADER", 1000)
+    with pytest.raises(ValueError, match="header.json is damaged .it has more than 1,000 bytes"):
+        TokenLabelStore(packed)
+
+
+def test_sizes_of_both_signs(packed):
+    """-1 x -5 cells are as many as 1 x 5."""
+    content = bytearray((packed / "entries.bin").read_bytes())
+    height, width = struct.unpack_from("<ii", content, 16)
+    struct.pack_into("<ii", content, 16, -height, -width)
+    (packed / "entries.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="entries.bin is not the table"):
+        TokenLabelStore(packed)
+
+
+@pytest.mark.parametrize("value", [-1, 4, 1 << 40, -(1 << 63)])
+@pytest.mark.parametrize("place", [0, 3])
+def test_an_index_of_entries_that_do_not_exist(packed, place, value):
+    content = bytearray((packed / "index.bin").read_bytes())
+    struct.pack_into("<q", content, 8 * (4 + place), value)
+    (packed / "index.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="index.bin is not the index"):
+        TokenLabelStore(packed)
+
+
+def test_an_index_out_of_order(packed):
+    hashes, order = np.fromfile(packed / "index.bin", "<u8").reshape(2, -1)
+    (packed / "index.bin").write_bytes(hashes[::-1].tobytes() + order.tobytes())
+    with pytest.raises(ValueError, match="index.bin is not the index"):
         TokenLabelStore(packed)
 
 
@@ -278,6 +334,50 @@ def test_checksums_find_changes_that_keep_the_size(packed, name):
     opened = TokenLabelStore(packed)
     with pytest.raises(ValueError, match=f"labels/{name} has changed"):
         opened.verify_checksums()
+
+
+@pytest.mark.parametrize("name", ["scores.bin", "classes.bin", "checksums.bin"])
+def test_every_changed_byte_is_noticed_when_its_map_is_read(packed, name):
+    content = (packed / name).read_bytes()
+    unit = (packed / name).stat().st_size // TokenLabelStore(packed).header.entries if name == "checksums.bin" else 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (packed / name).write_bytes(changed)
+        opened = TokenLabelStore(packed)
+        wrong = []
+        for entry, label in enumerate(LABELS.values()):
+            try:
+                assert_same(opened.read(entry), label)
+            except ValueError as error:
+                assert "labels: label of 'cat/c" in str(error) and "pack it again" in str(error)
+                wrong.append(entry)
+        assert len(wrong) == 1
+        assert not unit or wrong == [place // unit]
+
+
+def test_maps_of_the_same_area_are_told_apart(packed):
+    content = bytearray((packed / "entries.bin").read_bytes())
+    height, width = struct.unpack_from("<ii", content, 16)
+    struct.pack_into("<ii", content, 16, width, height)
+    (packed / "entries.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="label of 'cat/c0' has changed since it was packed"):
+        TokenLabelStore(packed).read(0)
+
+
+def test_a_store_of_earlier_code_is_read_without_checksums(packed):
+    source = [str(packed), [f"{key}.jpg" for key in LABELS], tuple(map(str, range(10))), (2, 2), "aligned"]
+    assert "without checksums" not in str(LabelSource(*source))
+    files = json.loads((packed / "header.json").read_text())["files"]
+    del files["checksums.bin"]
+    edit_header(packed, files=files)
+    (packed / "checksums.bin").unlink()
+    opened = TokenLabelStore(packed)
+    assert not opened.has_checksums
+    assert "without checksums of its maps" in str(LabelSource(*source))
+    for entry, label in enumerate(LABELS.values()):
+        assert_same(opened.read(entry), label)
+    opened.verify_checksums()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ class LabelSource:
 
     def __str__(self) -> str:
         header = self.labels.header
+        unchecked = isinstance(self.labels, TokenLabelStore) and not self.labels.has_checksums
         return (
             f"{self.labels.path}: top {header.top_k} of {header.teacher}, {header.covers}, read as {self.geometry} "
             f"for a grid of {self.grid[0]}x{self.grid[1]} tokens"
+            f"{' (without checksums of its maps, as packed by earlier code)' if unchecked else ''}"
         )

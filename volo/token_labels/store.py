@@ -8,6 +8,8 @@ classes of the teacher. A store is a folder:
     entries.bin   for every entry: where its map begins, where its key ends, height, width (ENTRY)
     keys.bin      the keys, UTF-8, one after the other
     index.bin     uint64 [n], the keys' hashes in ascending order, then int64 [n], the entry of each hash
+    checksums.bin uint32 [n], CRC-32 of an entry's record in entries.bin, its scores and its classes, in this order;
+                  stores of earlier code have no such file
     header.json   format, version, StoreHeader, and size and SHA-256 of every file above
 
 All numbers are little-endian. The files are mapped into memory read-only and shared: however many workers and ranks
@@ -19,6 +21,7 @@ import json
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +33,11 @@ FORMAT = "volo token labels"
 VERSION = 1
 HEADER = "header.json"
 FILES = ("scores.bin", "classes.bin", "entries.bin", "keys.bin", "index.bin")
+CHECKSUMS = "checksums.bin"
 COVERS = ("whole_image", "center_crop")
 EXIF_MODES = ("ignore", "apply")
 MAX_CLASSES = 1 << 15  # class indices are int16
+_LARGEST_HEADER = 64 << 20  # bytes; some 30 kB for ImageNet's class names
 
 # First value of the map in scores.bin and classes.bin, end of the key in keys.bin, height, width.
 ENTRY = struct.Struct("<qqii")
@@ -91,6 +96,11 @@ def hash_keys(keys: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(digests, "<u8")
 
 
+def map_checksum(record: bytes, label: TokenLabelMap) -> int:
+    """Return the CRC-32 of an entry: of its 24 bytes in entries.bin, and of its map as it is stored."""
+    return zlib.crc32(label.classes.data, zlib.crc32(label.scores.data, zlib.crc32(record)))
+
+
 def check_map(
     label: TokenLabelMap, top_k: int, num_classes: int | None, where: str, remedy: str = "generate this label again"
 ) -> None:
@@ -132,10 +142,17 @@ class TokenLabelStore:
         self._keys, self._entries = maps["keys.bin"], maps["entries.bin"]
         index = np.frombuffer(maps["index.bin"], "<u8")
         self._hashes, self._order = index[: len(self)], index[len(self) :].view("<i8")
+        self._checksums = np.frombuffer(maps[CHECKSUMS], "<u4") if CHECKSUMS in maps else None
         self._check_entries()
+        self._check_index()
 
     def __len__(self) -> int:
         return self.header.entries
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether :meth:`read` notices every change of a map; stores of earlier code have no checksums of maps."""
+        return self._checksums is not None
 
     def __reduce__(self):
         return _reopen, (self.path, self._header_bytes)
@@ -143,10 +160,11 @@ class TokenLabelStore:
     def read(self, entry: int) -> TokenLabelMap:
         """Return the map of an entry: read-only views of the mapped files, not copies.
 
-        Raises ValueError if the values are invalid: only valid ones are packed, so the file has changed since.
+        Raises ValueError if the values are invalid or not those of the checksum: the file has changed since.
         """
         assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
-        start, _, height, width = ENTRY.unpack_from(self._entries, entry * ENTRY.size)
+        record = self._entries[entry * ENTRY.size : (entry + 1) * ENTRY.size]
+        start, _, height, width = ENTRY.unpack(record)
         shape = (self.header.top_k, height, width)
         count = shape[0] * height * width
         scores = np.frombuffer(self._scores, "<f2", count, 2 * start)
@@ -154,7 +172,10 @@ class TokenLabelStore:
         label = TokenLabelMap(scores.reshape(shape), classes.reshape(shape))
         # A faulty disk may have changed them: the loss would be NaN, or indexing would fail on the device.
         where = f"{self.path}: label of {self.key(entry)!r}"
-        check_map(label, self.header.top_k, self.header.num_classes, where, "copy the store again, or pack it again")
+        remedy = "copy the store again, or pack it again"
+        check_map(label, self.header.top_k, self.header.num_classes, where, remedy)
+        if self._checksums is not None and map_checksum(record, label) != self._checksums[entry]:
+            raise ValueError(f"{where} has changed since it was packed (its CRC-32 is another); {remedy}")
         return label
 
     def key(self, entry: int) -> str:
@@ -227,16 +248,25 @@ class TokenLabelStore:
     def _check_entries(self) -> None:
         """Make sure that entries are in order and end with the files, so that none reads the labels of another."""
         entries = self._fields()
-        sizes = self.header.top_k * entries["height"].astype(np.int64) * entries["width"]
+        height, width, key_end = entries["height"].astype(np.int64), entries["width"], entries["key_end"]
+        sizes = self.header.top_k * height * width
         ends = np.cumsum(sizes)
         if (
-            sizes.min() <= 0
+            min(height.min(), width.min()) <= 0
+            or (height * width).max() > len(self._scores)  # so that the products above did not overflow
             or not np.array_equal(entries["start"], ends - sizes)
             or 2 * ends[-1] != len(self._scores)
-            or np.diff(entries["key_end"], prepend=0).min() < 0
-            or entries["key_end"][-1] != len(self._keys)
+            or key_end[0] < 0
+            or (key_end[1:] < key_end[:-1]).any()
+            or key_end[-1] != len(self._keys)
         ):
             raise _incomplete(self.path / "entries.bin", "not the table of the files beside it")
+
+    def _check_index(self) -> None:
+        """Make sure that the index is sorted and names entries that there are."""
+        hashes, order = self._hashes, self._order
+        if (hashes[1:] < hashes[:-1]).any() or order.min() < 0 or order.max() >= len(self):
+            raise _incomplete(self.path / "index.bin", "not the index of the files beside it")
 
 
 def _reopen(path: Path, header_bytes: bytes) -> TokenLabelStore:
@@ -254,7 +284,8 @@ def _incomplete(path: Path, what: str) -> ValueError:
 
 def _read_header(path: Path) -> bytes:
     try:
-        return (path / HEADER).read_bytes()
+        with open(path / HEADER, "rb") as file:
+            text = file.read(_LARGEST_HEADER + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{path} is not a store of token labels (it has no {HEADER}); give the folder that "
@@ -262,13 +293,16 @@ def _read_header(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise ValueError(f"{path / HEADER} cannot be read: {error.strerror}") from error
+    if len(text) > _LARGEST_HEADER:
+        raise _incomplete(path / HEADER, f"damaged (it has more than {_LARGEST_HEADER:,} bytes)")
+    return text
 
 
 def is_store(path: Path) -> bool:
     """Tell whether ``path`` is a packed store, of any version, complete or not."""
     try:
         return json.loads((path / HEADER).read_bytes())["format"] == FORMAT
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -278,12 +312,24 @@ def _covers(values: dict) -> str:
     return {"reference": "center_crop"}.get(covers, str(covers))
 
 
+def _possible(header: StoreHeader) -> bool:
+    """Tell whether a writer of stores could have written the header."""
+    names, count = header.classes, header.num_classes
+    return (
+        count is not None
+        and 1 <= header.top_k <= count <= MAX_CLASSES
+        and (names is None or (len(names) == count and all(isinstance(name, str) for name in names)))
+        and header.covers in COVERS
+        and header.exif in EXIF_MODES
+    )
+
+
 def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]]:
     """Return the header, and the record of each file: size and checksum."""
     try:
         values = json.loads(text)
         known = values["format"] == FORMAT
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / HEADER} is not the header of a store of token labels; pack it again") from error
     if not known:
         raise ValueError(f"{path} is not a store of token labels: its format is {values['format']!r}")
@@ -303,13 +349,16 @@ def _parse_header(text: bytes, path: Path) -> tuple[StoreHeader, dict[str, dict]
             entries=int(values["entries"]),
             exif=str(values.get("exif", "ignore")),
         )
-        files = {name: values["files"][name] for name in FILES}
+        names = (*FILES, CHECKSUMS) if CHECKSUMS in values["files"] else FILES
+        files = {name: values["files"][name] for name in names}
         sizes = {name: int(record["bytes"]) for name, record in files.items()}
-        whole = all(len(record["sha256"]) == 64 for record in files.values()) and header.entries > 0
-    except (LookupError, TypeError, ValueError) as error:
+        whole = all(len(record["sha256"]) == 64 for record in files.values()) and min(sizes.values()) > 0
+        whole = whole and header.entries > 0 and _possible(header)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise _incomplete(path / HEADER, f"damaged ({type(error).__name__}: {error})") from error
-    expected = {"entries.bin": ENTRY.size * header.entries, "index.bin": 16 * header.entries}
-    if not whole or any(sizes[name] != size for name, size in expected.items()):
+    n = header.entries
+    expected = {"entries.bin": ENTRY.size * n, "index.bin": 16 * n, CHECKSUMS: 4 * n}
+    if not whole or any(sizes.get(name, size) != size for name, size in expected.items()):
         raise _incomplete(path / HEADER, "damaged (its numbers contradict each other)")
     if sizes["scores.bin"] != sizes["classes.bin"]:
         raise _incomplete(path / HEADER, "damaged (it has different numbers of scores and classes)")

@@ -18,6 +18,7 @@ import numpy as np
 
 from volo.runtime.files import rename_folder
 from volo.token_labels.store import (
+    CHECKSUMS,
     COVERS,
     ENTRY,
     EXIF_MODES,
@@ -32,6 +33,7 @@ from volo.token_labels.store import (
     encode_key,
     hash_keys,
     is_store,
+    map_checksum,
 )
 
 _logger = logging.getLogger("volo")
@@ -67,7 +69,7 @@ class StoreWriter:
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")
         self._lock = self._claim(overwrite)
-        self._files = {name: _HashedFile(self._partial / name) for name in FILES}
+        self._files = {name: _HashedFile(self._partial / name) for name in (*FILES, CHECKSUMS)}
         self._seen: set[bytes] = set()
         self._keys: list[bytes] = []
         self._values = self._key_bytes = 0  # written so far
@@ -105,8 +107,12 @@ class StoreWriter:
         self._key_bytes += len(encoded)
         entry = ENTRY.pack(self._values, self._key_bytes, *label.scores.shape[1:])
         self._values += label.scores.size
-        self._files["scores.bin"].write(label.scores.astype("<f2", copy=False).tobytes())
-        self._files["classes.bin"].write(label.classes.astype("<i2", copy=False).tobytes())
+        stored = TokenLabelMap(
+            np.ascontiguousarray(label.scores, dtype="<f2"), np.ascontiguousarray(label.classes, dtype="<i2")
+        )
+        self._files["scores.bin"].write(stored.scores.tobytes())
+        self._files["classes.bin"].write(stored.classes.tobytes())
+        self._files[CHECKSUMS].write(map_checksum(entry, stored).to_bytes(4, "little"))
         self._files["entries.bin"].write(entry)
         self._files["keys.bin"].write(encoded)
 
