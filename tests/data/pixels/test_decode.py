@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
-from volo.data.pixels.decode import Note, UnreadableImage, count_notes, read_image
+from volo.data.pixels.decode import Note, UnreadableImage, count_notes, read_header, read_image
 
 
 def save(image: Image.Image, path, **options) -> str:
@@ -177,6 +177,31 @@ def test_every_kind_of_broken_file_gives_one_line(tmp_path, make_picture):
         message = str(caught.value)
         assert message.startswith(f"cannot read {path}: ") and "\n" not in message and len(message) < 400
         assert reasons.get(name, "") in message, message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("read_it", [read_image, read_header])
+def test_a_tiny_file_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch, kind, read_it):
+    data = encoded(Image.new("L", (1200, 1000)), kind)
+    if kind == "JPEG":
+        data = data[:5000] + data[-2:]
+    assert 120 * len(data) < 1_200_000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700_000)
+    monkeypatch.setattr(Image.Image, "load", None)
+    for module in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile):
+        monkeypatch.setattr(module, "load", None)
+    message = f"could be a decompression bomb: it claims 1,200,000 pixels in {len(data):,} bytes"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own
+        with pytest.raises(UnreadableImage, match=f"cannot read a: {message}"):
+            read_it(data, "a")
+
+
+def test_a_big_file_of_many_pixels_is_read_with_a_warning(monkeypatch, make_picture):
+    data = encoded(make_picture(0, 200, 160), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert read_header(data, "a.png").hw in ((160, 200), (200, 160))
 
 
 def test_notes_are_counted_by_name():

@@ -36,6 +36,7 @@ SUFFIX_FORMATS = {
 # The raster formats to try. Not all of Pillow's: its EPS reader runs Ghostscript on the file.
 _READ_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 _MOST_KEPT = 64 << 20  # bytes of pixels that each thread keeps for the next image
+_MOST_PER_BYTE = 100  # pixels; photographs of the poorest quality have 50
 _SPARE = 64  # bytes after the last pixel that render.cpp may read
 _memory = threading.local()
 _ORIENTATION_TAG = 0x0112
@@ -78,16 +79,29 @@ def read_image(data: bytes, name: str, exif: str = "ignore") -> tuple[Image.Imag
             EXIF orientation tag.
 
     Raises:
-        UnreadableImage: The file is empty, truncated or not an image, has more pixels than Pillow's limit against
-            decompression bombs, or has sample values without a known scale (floats, 32-bit integers).
+        UnreadableImage: The file is empty, truncated or not an image, has more pixels than twice Pillow's limit
+            against decompression bombs (or than the limit, in a tiny file), or has sample values without a known scale
+            (floats, 32-bit integers).
     """
     try:
         with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+            _require_plausible(image.width * image.height, len(data))
             return _to_rgb(image, os.path.splitext(name)[1].lower(), exif)
     except MemoryError:  # a problem of the machine, not of the file
         raise
     except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError on damaged files
         raise UnreadableImage(f"cannot read {name}: {_reason(data, error)}") from error
+
+
+def _require_plausible(pixels: int, size: int) -> None:
+    """Raise ValueError for a tiny file whose header claims more pixels than Pillow's limit, above which it warns.
+
+    Pillow itself refuses from twice the limit on, before that it would fill gigabytes for a few bytes.
+    """
+    if pixels > (Image.MAX_IMAGE_PIXELS or math.inf) and pixels > _MOST_PER_BYTE * size:
+        raise ValueError(
+            f"could be a decompression bomb: it claims {pixels:,} pixels in {size:,} bytes. Store it with fewer pixels"
+        )
 
 
 @dataclass(frozen=True, slots=True)
