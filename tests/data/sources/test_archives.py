@@ -1,5 +1,6 @@
 """Archives, patterns, labels: which images they give, and an error with a name for everything else."""
 
+import io
 import os
 import shutil
 import sys
@@ -10,9 +11,11 @@ import formats
 import pytest
 
 from volo.config import DataConfig
+from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.archives import ArchiveSplit
 from volo.data.sources.formats import open_split
 from volo.data.sources.label_files import LabelsOption
+from volo.data.sources.parquet import ParquetSplit
 from volo.data.sources.ranges import fingerprint
 from volo.data.sources.records import class_names, imagenet_classes
 from volo.token_labels.store import label_key
@@ -281,3 +284,69 @@ def test_devkit_errors(tmp_path):
     kit.write_bytes(kit.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         records(val, labels_file=str(kit))
+
+
+def write_table(folder: Path, **columns) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    image = [{"bytes": b"1", "path": f"{i}.jpg"} for i in range(3)]
+    table = {"image": image, "label": [0, 1, 0]} | columns
+    folder.mkdir()
+    table = pyarrow.table({name: values for name, values in table.items() if values is not None})
+    parquet.write_table(table, folder / "train-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": None}, "no column label, only 'image'"),
+        ({"label": [0, None, 1]}, "row 1 has the label None"),
+        ({"label": [None] * 3}, "row 0 has the label None"),
+        ({"label": [0.0, 1.0, 0.5]}, "row 0 has the label 0.0"),
+        ({"label": [[0], [1], [0]]}, r"row 0 has the label \[0\]"),
+    ],
+)
+def test_parquet_without_labels(tmp_path, monkeypatch, columns, message):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_table(tmp_path / "set", **columns)
+    split = ParquetSplit(str(tmp_path / "set"), "train", "data.train_split", LabelsOption())
+    with pytest.raises(ValueError, match=message) as info:
+        split.records(tuple(split.found_classes()))
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("image", [None, [None] * 3])
+def test_parquet_without_images(tmp_path, monkeypatch, image):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_table(tmp_path / "set", image=image)
+    found = ParquetSplit(str(tmp_path / "set"), "train", "data.train_split", LabelsOption()).records(("0", "1"))
+    with pytest.raises(UnreadableImage, match=r"row 0: .* the row has no image"):
+        found.read(0)
+
+
+@pytest.mark.parametrize("name", ["a/z.jpg", "a/z.cls", "a.tar"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_size_beyond_the_end_of_the_archive(tmp_path, name, last):
+    path = tmp_path / "all.tar"
+    with tarfile.open(path, "w") as archive:
+        for one in ("a/x.jpg", name) if last else (name, "a/x.jpg"):
+            member = tarfile.TarInfo(one)
+            member.size = 7 << 40 if one == name else 0
+            archive.addfile(member)
+    with pytest.raises(ValueError, match=f"all.tar is damaged or truncated: {name} has 7,696,581,394,432 bytes"):
+        records(path)
+
+
+def test_a_sparse_member_is_refused_by_name(tmp_path):
+    path = tmp_path / "all.tar"
+    member = tarfile.TarInfo("a/x.jpg")
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(7 << 40)}
+    content = b"1\n0\n3\n".ljust(512, b"\0") + b"abc"
+    member.size = len(content)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="all.tar: a/x.jpg is stored as a sparse file"):
+        records(path)

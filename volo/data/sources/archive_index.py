@@ -1,5 +1,6 @@
 """Indexes tar archives: which images they hold, and the offset and size of each."""
 
+import os
 import posixpath
 import tarfile
 from array import array
@@ -91,6 +92,7 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
     prefix = f"{folder}/" if folder else ""
     try:
         with open_url(url) as file:
+            end = file.seek(0, os.SEEK_END) if size is None else begin + size
             for member, archive in _members(file, begin, size, location):
                 name = posixpath.normpath(member.name)
                 if name.startswith("../") or any(part.startswith(".") for part in name.split("/")):
@@ -101,6 +103,8 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
                         f"{location}: {name} is a link to another file. Create the archive again with tar "
                         "--dereference --hard-dereference"
                     )
+                if name.endswith((".tar", ".cls")) or has_image_suffix(name):
+                    _require_plain(member, name, end, location)
                 if name.endswith(".tar") and not folder:
                     nested.append((posixpath.basename(name)[:-4], member.offset_data, member.size))
                 elif name.endswith(".cls"):
@@ -116,7 +120,7 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
     except ValueError:
         raise
     except Exception as error:  # clients of object stores also raise errors of their own
-        text = getattr(error, "strerror", None) or " ".join(str(error).split())
+        text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{location} cannot be read: {text}") from error
     if len(set(names)) != len(names):
         name, count = Counter(names).most_common(1)[0]
@@ -125,6 +129,20 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
             "Create the archive again, with each file once"
         )
     return _Part(PackedNames.of(names), offsets, sizes, classes, nested, ignored)
+
+
+def _require_plain(member: tarfile.TarInfo, name: str, end: int, location: str) -> None:
+    """Raise ValueError if a member's bytes do not stand in the archive, one after the other, before byte ``end``."""
+    if member.issparse():
+        raise ValueError(
+            f"{location}: {name} is stored as a sparse file, whose holes are left out. Create the archive again "
+            "without tar --sparse"
+        )
+    if not 0 <= member.size <= end - member.offset_data:
+        raise ValueError(
+            f"{location} is damaged or truncated: {name} has {member.size:,} bytes by its header, and "
+            f"{max(end - member.offset_data, 0):,} follow. Copy it again"
+        )
 
 
 def _members(file, begin: int, size: int | None, location: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:

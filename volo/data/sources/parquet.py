@@ -52,7 +52,7 @@ class ParquetSource(ImageSource):
             file, _ = self._reader[int(self.rows[index])]
             with file:
                 return file.read()
-        except (OSError, AssertionError) as error:  # the reader asserts that there are bytes or a path
+        except (OSError, AssertionError, TypeError) as error:  # the reader asserts that there are bytes or a path
             raise UnreadableImage(f"cannot read {self.location(index)}: the row has no image ({error})") from error
 
     def location(self, index: int) -> str:
@@ -92,7 +92,7 @@ class ParquetSplit(Split):
 
     def found_classes(self) -> list[str]:
         reader = self.reader()
-        return list(reader.class_to_idx) or sorted({str(label) for label in _column(reader, "label")})
+        return list(reader.class_to_idx) or sorted({str(label) for label in self._label_values(reader)})
 
     def records(self, classes: tuple[str, ...]) -> ImageRecords:
         reader = self.reader()
@@ -109,13 +109,24 @@ class ParquetSplit(Split):
         source = ParquetSource(PackedNames.of(names[row] for row in rows), self.folder, self.split, rows, reader)
         return ImageRecords(source, labels[rows], classes)
 
+    def _label_values(self, reader) -> list[int | str]:
+        """Return the label of each row; ValueError names the first row without one."""
+        values = _column(reader, "label")
+        for row, value in enumerate(values):
+            if not isinstance(value, int | str):
+                raise ValueError(
+                    f"{self.location}: row {row} has the label {value!r:.100}, which names no class. Every row needs a "
+                    "number or a class name in the column label"
+                )
+        return values
+
     def _labels(self, reader, classes: tuple[str, ...]) -> np.ndarray:
         """Return the class index of each row, matched by class name if the data set has names.
 
         ImageNet on the Hub is matched by position: its 1,000 classes are named by descriptions, in the order of the
         synsets. Raises ValueError if the data set has other names than ``classes``.
         """
-        values = np.array(_column(reader, "label"))
+        values = np.array(self._label_values(reader))
         name_of = {index: name for name, index in reader.class_to_idx.items()}
         ours = set(classes)
         strange = [name for _, name in sorted(name_of.items()) if name not in ours]
@@ -147,8 +158,16 @@ def _open(folder: str, split: str) -> Any:
 
 
 def _column(reader, name: str) -> list:
-    """Return the values of a column, or of a field of it ("image.path"), without reading the other columns."""
+    """Return the values of a column, or of a field of it ("image.path"), without reading the other columns.
+
+    Raises ValueError if there is no such column.
+    """
     column, _, field = name.partition(".")
+    if column not in reader.dataset.column_names:
+        raise ValueError(
+            f"the Parquet files have no column {column}, only {', '.join(map(repr, reader.dataset.column_names))}. "
+            "Images are read from a column image, their classes from a column label"
+        )
     values = reader.dataset.with_format("arrow").data.column(column)
     if field:
         import pyarrow.compute
