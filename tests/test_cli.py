@@ -333,3 +333,21 @@ def test_names_of_earlier_versions_are_refused_with_the_new_one(option, value, m
             config_of(*words)
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: " + "[" * 10_000 + "]" * 10_000,
+        "model: " + "[" * 30 + "]" * 30,
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 18)),
+        "model: &a [*a]",
+    ],
+)
+def test_a_recipe_of_endless_values_is_refused(tmp_path, capsys, text):
+    recipe = tmp_path / "deep.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SystemExit) as info:
+        parse(build_parser("train.py", ""), ["--config", str(recipe)])
+    assert info.value.code == 2
+    assert f"{recipe} is no recipe: its values are nested more than 20 deep" in capsys.readouterr().err.splitlines()[-1]

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from volo.config import REMOVED_FIELDS, RENAMED_VALUES, Config
 from volo.runtime.exit_codes import USAGE, forgo_restarts, leave_for_launcher
 
+_DEEPEST, _MOST_VALUES = 20, 100_000  # of a recipe, aliases followed; far beyond any
 _Options = TypeVar("_Options")
 
 
@@ -158,6 +159,9 @@ def _check_recipe(path: Path) -> None:
         root = yaml.compose(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(_too_much(path)) from error
+    _require_small(root, path)
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} holds no options. A recipe has sections, such as optim, with fields under them")
     for name, section in _pairs(root, f"{path}: ").items():
@@ -165,6 +169,30 @@ def _check_recipe(path: Path) -> None:
             _pairs(section, f"{path}: {name}.")
         elif name in (f.name for f in fields(Config)):
             raise ValueError(f"{path}: {name} is a section, so it needs fields under it; leave it out for the defaults")
+
+
+def _require_small(root: yaml.Node | None, path: Path) -> None:
+    """Raise ValueError if what follows the aliases of a recipe would take ages or exhaust the stack."""
+    level: list[yaml.Node] = [root] if root else []
+    values = 0
+    for _ in range(_DEEPEST):
+        nested = [node for node in level if isinstance(node, yaml.CollectionNode)]
+        values += sum(len(node.value) for node in nested)
+        if values > _MOST_VALUES:
+            break
+        if not nested:
+            return
+        level = []
+        for node in nested:
+            level += [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+    raise ValueError(_too_much(path))
+
+
+def _too_much(path: Path) -> str:
+    return (
+        f"{path} is no recipe: its values are nested more than {_DEEPEST} deep, or more than {_MOST_VALUES:,}. A "
+        "recipe has sections, such as optim, with fields under them"
+    )
 
 
 def _pairs(mapping: yaml.MappingNode, where: str) -> dict[str, yaml.Node]:
