@@ -57,6 +57,7 @@ def programs() -> dict[str, type]:
         **{f"prepare_imagenet.py {command}": options for command, options in COMMANDS.items()},
         "benchmark/model.py": defined_in("benchmark/model.py", "ModelBenchmarkOptions"),
         "benchmark/step.py": defined_in("benchmark/step.py", "StepOptions"),
+        "benchmark/roofline.py": defined_in("benchmark/roofline.py", "RooflineOptions"),
         "benchmark/loader.py": defined_in("benchmark/loader.py", "LoaderBenchmarkOptions"),
     }
 

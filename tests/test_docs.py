@@ -35,7 +35,7 @@ OTHER_PROGRAMS = {
 }
 # Scripts that tests of their own run: tests/scripts/, and below the one for the page of options.
 RUN_ELSEWHERE = {"scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"} | {
-    f"scripts/benchmark/{name}.py" for name in ("model", "loader", "step")
+    f"scripts/benchmark/{name}.py" for name in ("model", "loader", "step", "roofline")
 }
 
 

@@ -4,12 +4,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import timm
 import torch
+from cards import card_of
+from networks import Network, networks_of, variants_of
 from output import cpu_name, print_table, save_json
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -26,12 +28,11 @@ from volo.engine.learner import Learner
 from volo.models import create_model
 from volo.runtime.distributed import World
 from volo.runtime.host_memory import keep_freed_memory
+from volo.runtime.program import checking_usage
 
 if TYPE_CHECKING:
     from step import StepOptions
 
-# Dense bf16 products per second; from the makers' data sheets (SXM versions).
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 # recompute, channels_last, compile
 VARIANTS = {
     "none": ("none", False, False),
@@ -42,15 +43,6 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network to time: its name, its image side in pixels and the batch size."""
-
-    name: str
-    side: int
-    batch: int
-
-
 def run_benchmark(options: "StepOptions") -> int:
     """Time what the options ask for, print and save the table; return the exit code."""
     cuda = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
@@ -59,19 +51,19 @@ def run_benchmark(options: "StepOptions") -> int:
     if device.type == "cpu":
         keep_freed_memory()  # as the programs do; for the peer, too
     rows = []
-    for word in options.networks.split(","):
-        name, side, batch = word.split(":")
-        network = Network(name, int(side), int(batch))
+    with checking_usage():
+        networks, _ = networks_of(options.networks), variants_of(options.variants, VARIANTS)
+    for network in networks:
         if options.largest:
             rows.append(largest_batches(options, network, device))
             print(*rows[-1].values(), sep="  ", flush=True)
             continue
         flops = forward_flops(network)
         for what, who, step in contenders(options, network, device):
-            row = {"network": word, "what": what, "who": who} | timed(options, step, network.batch, device)
-            if peak := next((p for card, p in PEAKS.items() if card in card_name(device)), None):
+            row = {"network": str(network), "what": what, "who": who} | timed(options, step, network.batch, device)
+            if card := card_of(card_name(device)):
                 passes = 3 if what == "train" else 1
-                row["of peak, %"] = round(100 * passes * flops * row.get("images/s", 0) / peak, 1)
+                row["of peak, %"] = round(100 * passes * flops * row.get("images/s", 0) / card.flops, 1)
             rows.append(row)
             print(*row.values(), sep="  ", flush=True)
     title = f"optimizer steps and inference: {card_name(device)}, torch {torch.__version__}, timm {timm.__version__}"
@@ -85,7 +77,7 @@ def contenders(options: "StepOptions", network: Network, device: torch.device) -
     """Yield ("train" or "inference", name, step); each is built when its turn comes, and freed after it."""
     compiled = (False, True) if options.compile else (False,)
     if options.training:
-        for who in variants(options):
+        for who in variants_of(options.variants, VARIANTS):
             yield "train", f"ours {who}", our_step(network, device, *VARIANTS[who])
         for last in (False, True):
             for fast in compiled if last else (False,):
@@ -98,11 +90,6 @@ def contenders(options: "StepOptions", network: Network, device: torch.device) -
                 if fast:
                     model.compile()
                 yield "inference", who + ", compile" * fast, forward(model, noise(network, device))
-
-
-def variants(options: "StepOptions") -> list[str]:
-    """Return the names of the variants that were asked for."""
-    return [list(VARIANTS)[int(number)] for number in options.variants.split(",")]
 
 
 def our_step(network: Network, device: torch.device, recompute: str, channels_last: bool, compile: bool) -> Callable:
@@ -199,7 +186,7 @@ def largest_batches(options: "StepOptions", network: Network, device: torch.devi
             channels_last=VARIANTS[who][1],
             compile=VARIANTS[who][2],
         )
-        for who in variants(options)
+        for who in variants_of(options.variants, VARIANTS)
     }
     builders["timm, channels_last"] = partial(timm_step, device=device, channels_last=True, compile=False)
 
