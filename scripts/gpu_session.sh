@@ -60,7 +60,7 @@ right() { # 5 minutes
 }
 
 speed() { # 8 minutes: training and inference beside timm
-    bench step-d1 300 --networks "${networks[0]}" --variants 0,1,2,3 --rounds "$rounds"
+    bench step-d1 300 --networks "${networks[0]}" --variants 0,1,2,3 --rounds "$rounds" --profile true
     bench step-all 600 --networks "$all" --variants 1 --rounds "$rounds"
 }
 
@@ -72,13 +72,15 @@ largest() { # 4 minutes
     bench largest 400 --networks "$all" --variants 1 --largest true --inference false
 }
 
-loader() { # 5 minutes: 4,400 photographs of ImageNet's size, made on the spot
+loader() { # 6 minutes: 4,400 photographs of ImageNet's size, made on the spot
     local images=4400 batch=128 recipe=(configs/volo_d1_224.yaml) workers
     if [ "$DEVICE" = cpu ]; then
         images=44 batch=4
         recipe+=(--model.img_size 32)
     fi
     step photographs 120 "$PYTHON" scripts/benchmark/gpu_session.py photographs "$OUT/photographs" "$images"
+    bench step-loader 240 --networks "${networks[0]}" --variants 1 --inference false --rounds "$rounds" \
+        --images "$OUT/photographs"
     for workers in 8 16; do
         step "loader-$workers" 240 "$PYTHON" train.py --config "${recipe[@]}" --data.root "$OUT/photographs" \
             --data.class_list folders --model.num_classes 10 --train.batch_size "$batch" --train.device "$DEVICE" \

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import timm
 import torch
 from cards import card_of
+from contenders import find_images
+from kinds_of_work import profiled, ranges_of
 from networks import Network, networks_of, variants_of
+from our_steps import OurSteps, whole_step
 from output import cpu_name, print_table, save_json
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -20,19 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from volo.build import make_network
-from volo.config import AugmentConfig, Config, EmaConfig, ModelConfig, TrainConfig
-from volo.data.dataset import Batch
-from volo.engine.batch_layout import BatchLayout
-from volo.engine.learner import Learner
+from volo.data.sources.records import ImageRecords
 from volo.models import create_model
-from volo.runtime.distributed import World
 from volo.runtime.host_memory import keep_freed_memory
 from volo.runtime.program import checking_usage
 
 if TYPE_CHECKING:
     from step import StepOptions
 
+MOST_IMAGES = 20_000  # of a folder
 # recompute, channels_last, compile
 VARIANTS = {
     "none": ("none", False, False),
@@ -50,35 +49,48 @@ def run_benchmark(options: "StepOptions") -> int:
     torch.backends.cudnn.allow_tf32 = True
     if device.type == "cpu":
         keep_freed_memory()  # as the programs do; for the peer, too
-    rows = []
+    rows, profiles = [], []
     with checking_usage():
         networks, _ = networks_of(options.networks), variants_of(options.variants, VARIANTS)
+        records = find_images(options.images, MOST_IMAGES) if options.images else None
     for network in networks:
         if options.largest:
             rows.append(largest_batches(options, network, device))
             print(*rows[-1].values(), sep="  ", flush=True)
             continue
         flops = forward_flops(network)
-        for what, who, step in contenders(options, network, device):
+        for what, who, step in contenders(options, network, device, records):
             row = {"network": str(network), "what": what, "who": who} | timed(options, step, network.batch, device)
             if card := card_of(card_name(device)):
-                passes = 3 if what == "train" else 1
+                passes = 1 if what == "inference" else 3
                 row["of peak, %"] = round(100 * passes * flops * row.get("images/s", 0) / card.flops, 1)
             rows.append(row)
             print(*row.values(), sep="  ", flush=True)
+            if options.profile and what == "train" and who.startswith("ours") and row["images/s"]:
+                profiles += profile_rows(row, step, device)
     title = f"optimizer steps and inference: {card_name(device)}, torch {torch.__version__}, timm {timm.__version__}"
     print(title)
     print_table(rows)
-    save_json(options.json, title, rows, [])
+    if profiles:
+        print("\nwhere the time of a step goes (kernels on CUDA; the profiler's own time included)")
+        print_table(profiles)
+    save_json(options.json, title, rows + profiles, [])
     return 0
 
 
-def contenders(options: "StepOptions", network: Network, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
-    """Yield ("train" or "inference", name, step); each is built when its turn comes, and freed after it."""
+def contenders(
+    options: "StepOptions", network: Network, device: torch.device, records: ImageRecords | None
+) -> Iterator[tuple[str, str, Callable]]:
+    """Yield (what is timed, name, step); each is built when its turn comes, and freed after it."""
     compiled = (False, True) if options.compile else (False,)
     if options.training:
         for who in variants_of(options.variants, VARIANTS):
-            yield "train", f"ours {who}", our_step(network, device, *VARIANTS[who])
+            ours = OurSteps(network, device, *VARIANTS[who], workers=options.workers)
+            yield "train", f"ours {who}", ours.whole
+            yield "forward, backward", f"ours {who}", ours.passes
+            if records is not None:
+                yield "train, loader in front", f"ours {who}", ours.loaded(records)
+            del ours
         for last in (False, True):
             for fast in compiled if last else (False,):
                 name = "timm" + ", channels_last" * last + ", compile" * fast
@@ -90,39 +102,6 @@ def contenders(options: "StepOptions", network: Network, device: torch.device) -
                 if fast:
                     model.compile()
                 yield "inference", who + ", compile" * fast, forward(model, noise(network, device))
-
-
-def our_step(network: Network, device: torch.device, recompute: str, channels_last: bool, compile: bool) -> Callable:
-    config = Config(
-        model=ModelConfig(name=network.name, img_size=network.side, drop_path_rate=0.1),
-        augment=AugmentConfig(),
-        ema=EmaConfig(enabled=True),
-        train=TrainConfig(
-            device=device.type, batch_size=network.batch, recompute=recompute, channels_last=channels_last,
-            compile=compile, precision="auto",
-        ),
-    )  # fmt: skip
-    world = World(0, 1, 0, device)
-    learner = Learner(config, world, BatchLayout.of(config, 1), make_network(config, world))
-    learner.wrapped.train()
-    B, side = network.batch, network.side
-    batch = Batch(
-        images=torch.randint(256, (B, 3, side, side), dtype=torch.uint8),
-        labels=torch.randint(1000, (B,)),
-        erase_boxes=torch.zeros(B, 4, dtype=torch.int64),
-        noise_seeds=torch.arange(B),
-        indices=torch.arange(B),
-        notes=torch.zeros(B, dtype=torch.int64),
-        failures=[],
-    )
-    batch.erase_boxes[::4] = torch.tensor([side // 4, side // 4, side // 2, side // 2])  # a quarter, as published
-    batch = batch.pin_memory() if device.type == "cuda" else batch
-
-    def step(number: int) -> None:
-        learner.forward_backward(batch, 0, number, 0)
-        learner.optimizer_step(1e-4, number)
-
-    return step
 
 
 def timm_step(network: Network, device: torch.device, channels_last: bool, compile: bool) -> Callable:
@@ -180,7 +159,7 @@ def largest_batches(options: "StepOptions", network: Network, device: torch.devi
     row: dict[str, str | int] = {"network": f"{network.name}:{network.side}"}
     builders = {
         f"ours {who}": partial(
-            our_step,
+            whole_step,
             device=device,
             recompute=VARIANTS[who][0],
             channels_last=VARIANTS[who][1],
@@ -226,6 +205,17 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def profile_rows(row: dict, step: Callable, device: torch.device) -> list[dict]:
+    """Return the milliseconds of each kind of work in one step, which has been warmed up."""
+    with ranges_of(step.__self__.learner):
+        spent = profiled(partial(step, 0), device.type)
+    return [
+        {"network": row["network"], "what": "profile", "who": row["who"], "kind": kind, "ms": round(ms, 2)}
+        for kind, ms in spent.items()
+        if ms
+    ]
 
 
 def timed(options: "StepOptions", step: Callable, batch: int, device: torch.device) -> dict:

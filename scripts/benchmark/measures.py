@@ -173,7 +173,8 @@ def profile(bench: ModelBench) -> tuple[list[dict], list[str]]:
         ]
         for kind in spent[0][OURS]:
             median = {f"{name}, ms": statistics.median(found[name][kind] for found in spent) for name in steps}
-            rows.append({"what": what, "kind": kind} | {column: round(ms, 1) for column, ms in median.items()})
+            if any(median.values()):
+                rows.append({"what": what, "kind": kind} | {column: round(ms, 1) for column, ms in median.items()})
     return rows, ["these numbers include the time of the profiler itself"]
 
 

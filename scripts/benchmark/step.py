@@ -4,10 +4,11 @@
     python scripts/benchmark/step.py --networks volo_d1:224:128,volo_d5:512:30 --json step.json
 
 A step of ours is what train.py does once a batch is read: copy to the device, normalise, erase, MixToken, network,
-token-labeling loss, AdamW, EMA. A step of timm's is its network with the same optimizer, a cross-entropy on both heads
-and its EMA, on images that are already normalised on the device. "host" is how long it takes to queue a step on an idle
-device: if that is close to the whole step, the device waits for the host. "of peak" compares the matrix products of a
-step, three times those of a forward pass, with the card's dense peak in bf16.
+token-labeling loss, AdamW, EMA. "forward, backward" is the network alone; with --images there is "train, loader in
+front", too, where data workers read and augment each batch first. A step of timm's is its network with the same
+optimizer, a cross-entropy on both heads and its EMA, on images that are already normalised on the device. "host" is how
+long it takes to queue a step on an idle device: if that is close to the whole step, the device waits for the host. "of
+peak" compares the matrix products of a step, three times those of a forward pass, with the card's dense peak in bf16.
 """
 
 import sys
@@ -27,6 +28,10 @@ class StepOptions:
         training: Time optimizer steps.
         inference: Time forward passes in evaluation mode.
         compile: Also time timm compiled, and our inference compiled.
+        images: Folder of images, sorted into classes or not: also time training with the loader in front.
+        workers: Data workers of that loader; by default one per core, up to 16.
+        profile: Also list the time of each kind of work in one step of ours: on CUDA that of the kernels, by the
+            operators that launched them.
         largest: Instead of timing, find the largest batch that trains, from the network's batch up, to an eighth.
         steps: Steps per round.
         rounds: Rounds; the median is reported.
@@ -39,6 +44,9 @@ class StepOptions:
     training: bool = True
     inference: bool = True
     compile: bool = False
+    images: str | None = None
+    workers: int | None = None
+    profile: bool = False
     largest: bool = False
     steps: int = 10
     rounds: int = 5

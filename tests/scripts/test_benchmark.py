@@ -53,11 +53,20 @@ def test_profile_separates_the_kinds_of_work(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_steps_beside_timm(tmp_path):
+def test_whole_steps_beside_timm(tmp_path, make_photographs):
     words = ("--networks", "volo_d1:32:2", "--variants", "2", "--steps", "1", "--rounds", "2", "--device", "cpu")
+    words += ("--images", make_photographs(5), "--workers", "0", "--profile", "true")
     rows = benchmark(tmp_path, "step.py", *words)["rows"]
-    assert [row["who"] for row in rows] == ["ours cheap, channels_last", "timm", "timm, channels_last", "ours", "timm"]
-    assert all(row["images/s"] > 0 and row["host, ms"] > 0 for row in rows)
+    timed = [row for row in rows if row["what"] != "profile"]
+    ours = "ours cheap, channels_last"
+    assert [(row["what"], row["who"]) for row in timed] == [
+        *((what, ours) for what in ("train", "forward, backward", "train, loader in front")),
+        *(("train", "timm"), ("train", "timm, channels_last"), ("inference", "ours"), ("inference", "timm")),
+    ]
+    assert all(row["images/s"] > 0 and row["host, ms"] > 0 for row in timed)
+    spent = {row["kind"]: row["ms"] for row in rows if row["what"] == "profile"}
+    assert {"inputs", "outlook attention", "self-attention", "linear layers", "loss", "optimizer", "EMA"} < set(spent)
+    assert sum(ms for kind, ms in spent.items() if kind != "wall clock") <= 1.1 * spent["wall clock"]
 
 
 @pytest.mark.slow
@@ -84,6 +93,9 @@ def test_batches_that_fit_follow_from_the_bytes():
         ("model.py", ["--measure", "train", "--model", "volo_nano"], "volo_d1 or volo_d2"),
         ("model.py", ["--measure", "train", "--rounds", "1"], "--rounds is 1"),
         ("model.py", ["--measure", "train", "--eager-only", "true"], "eager_only"),
+        ("step.py", ["--variants", "5"], "--variants has '5'"),
+        ("step.py", ["--networks", "volo_d1:224"], "--networks has 'volo_d1:224'"),
+        ("step.py", ["--images", "FOLDER/none"], "--images is FOLDER/none"),
         ("loader.py", ["--images", "FOLDER/none"], "--images is FOLDER/none"),
         ("loader.py", ["--images", "FOLDER"], "--images is FOLDER"),
     ],
