@@ -151,10 +151,36 @@ def test_shortened_names_are_refused(error_of, words):
         ("ema:\n  enabled: 3\n", "ema.enabled is 3; it takes bool"),
         ("model:\n  layers: 4\n", "model.layers is 4; it takes list[int]"),
         ("data:\n  on_error: ignore\n", "data.on_error is ignore; it takes fail or skip"),
+        ("data:\n  on_error: off\n", "data.on_error is False; it takes fail or skip"),
+        ("augment:\n  mean: [123.675, 116.28, 103.53]\n", "If yours is of 0 to 255, it is [0.485, 0.456, 0.406]"),
+        ("augment:\n  std: [58.395, 57.12, 57.375]\n", "If yours is of 0 to 255, it is [0.229, 0.224, 0.225]"),
+        ("augment:\n  erase_prob: 25\n", "augment.erase_prob is 25.0; it is in [0, 1]. 25 % is 0.25"),
+        ("mix:\n  prob: 50\n", "mix.prob is 50.0; it is in [0, 1]. 50 % is 0.5"),
+        ("optim:\n  weight_decay: 5\n", "optim.weight_decay is 5.0; it is in [0, 1]"),
     ],
 )
 def test_mistakes_in_a_recipe(error_of, recipe, text, message):
     assert message in error_of("--config", recipe(text))
+
+
+FIELDS = [(s.name, f) for s in fields(Config) for f in fields(s.default_factory)]
+
+
+@pytest.mark.parametrize("section, field", FIELDS, ids=lambda given: given if isinstance(given, str) else given.name)
+def test_null_is_refused_by_name_where_it_is_no_value(error_of, recipe, section, field):
+    path = recipe(f"{section}: {{{field.name}: null}}\n")
+    if "None" in str(field.type):
+        config, _ = parse(build_parser("train.py", ""), ["--config", path])
+        assert getattr(getattr(config, section), field.name) is None
+    else:
+        assert f"{section}.{field.name} is null; it takes " in error_of("--config", path)
+
+
+def test_what_yaml_reads_as_a_boolean_is_the_word_that_was_written(recipe):
+    for spelling in ("off", "Off", '"off"'):
+        path = recipe(f"token_label: {{ground_truth: {spelling}}}\ntrain: {{channels_last: off}}\n")
+        config, _ = parse(build_parser("train.py", ""), ["--config", path])
+        assert config.token_label.ground_truth == "off" and config.train.channels_last is False
 
 
 def test_a_recipe_that_is_not_there(error_of, tmp_path):

@@ -122,13 +122,26 @@ def parse(parser: RecipeParser, argv: list[str]) -> tuple[Config, dict]:
         for recipe in _recipes(argv):
             _check_recipe(recipe)
         argv = [_upgraded_recipe(word) for word in argv]
-        values = vars(parser.instantiate(parser.parse_args(argv)))
+        parsed = parser.parse_args(argv)
+        _refuse_null(parsed)
+        values = vars(parser.instantiate(parsed))
         sections = {f.name: values.pop(f.name) for f in fields(Config)}
         config = Config(**sections)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     values.pop("config", None)
     return config, values
+
+
+def _refuse_null(parsed) -> None:
+    """Raise ValueError for an option that is null and may not be; the parser takes null for any."""
+    for section, kind in get_type_hints(Config).items():
+        for name, wanted in get_type_hints(kind).items():
+            values = getattr(parsed, section, None)
+            if getattr(values, name, "missing") is None and type(None) not in get_args(wanted):
+                raise ValueError(
+                    f"{section}.{name} is null; it takes {_in_words(wanted)}. Leave it out for the default"
+                )
 
 
 def _recipe_first(argv: list[str]) -> list[str]:
@@ -243,20 +256,37 @@ def upgraded(values: dict) -> dict:
 
 
 def _upgraded_recipe(word: str) -> str:
-    """Return a word of the command line; for the config.yaml of an earlier version's run folder, its upgraded text.
+    """Return a word of the command line; for a recipe whose values need a change, the changed text.
 
-    Such a file has every section, which no recipe has: in a recipe an old name is an error that names the new one.
+    In every recipe YAML's booleans become the words that were written where a word is wanted. The config.yaml of an
+    earlier version's run folder gets the current names. It has every section, which no recipe has: in a recipe an old
+    name is an error that names the new one.
     """
     option, _, path = word.rpartition("=")
     if option not in ("", "--config") or not path.endswith(".yaml") or not Path(path).is_file():
         return word
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or not {field.name for field in fields(Config)} <= set(values):
+    if not isinstance(values, dict):
         return word
-    new = upgraded(values)
+    new = {section: _with_words(section, options) for section, options in values.items()}
+    if {field.name for field in fields(Config)} <= set(values):
+        new = upgraded(new)
     if new == values:
         return word
     return f"{option}={_dump(new)}" if option else _dump(new)
+
+
+def _with_words(section: str, options):
+    """Return the options of a section with "off" for false, for example, where "off" is a value and false is none."""
+    if not isinstance(options, dict) or section not in get_type_hints(Config):
+        return options
+    kinds = get_type_hints(get_type_hints(Config)[section])
+    new = dict(options)
+    for name, value in options.items():
+        if isinstance(value, bool) and get_origin(kinds.get(name)) is Literal:
+            spellings = ("on", "yes") if value else ("off", "no")
+            new[name] = next((word for word in spellings if word in get_args(kinds[name])), value)
+    return new
 
 
 def _dump(values: dict) -> str:
@@ -289,5 +319,7 @@ def load_config(values: dict) -> Config:
     """
     parser = build_parser("config", "")
     parser.exit_on_error = False
-    sections = vars(parser.instantiate(parser.parse_object(upgraded(values))))
+    parsed = parser.parse_object(upgraded(values))
+    _refuse_null(parsed)
+    sections = vars(parser.instantiate(parsed))
     return Config(**{f.name: sections[f.name] for f in fields(Config)})

@@ -25,6 +25,11 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_share(name: str, value: float) -> None:
+    percent = f". {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+    _require(0 <= value <= 1, f"{name} is {value}; it is in [0, 1]{percent}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. Fields below ``checkpoint`` override the named architecture if they are set.
@@ -187,7 +192,7 @@ class AugmentConfig:
 
     def __post_init__(self):
         for name in ("hflip", "vflip", "erase_prob"):
-            _require(0 <= getattr(self, name) <= 1, f"augment.{name} is {getattr(self, name)}; it is in [0, 1]")
+            _require_share(f"augment.{name}", getattr(self, name))
         for name, top in (("scale", 1.0), ("ratio", float("inf"))):
             pair = getattr(self, name)
             _require(
@@ -195,7 +200,13 @@ class AugmentConfig:
                 f"augment.{name} is {pair}; give [smallest, largest], both above 0 and at most {top}",
             )
         for name in ("mean", "std"):
-            _require(len(getattr(self, name)) == 3, f"augment.{name} needs three numbers, one per channel")
+            values = getattr(self, name)
+            _require(len(values) == 3, f"augment.{name} needs three numbers, one per channel")
+            _require(
+                all(0 <= value <= 1 for value in values),
+                f"augment.{name} is {values}; it is of pixels in [0, 1]. If yours is of 0 to 255, it is "
+                f"{[round(value / 255, 4) for value in values]}",
+            )
         _require(min(self.std) > 0, f"augment.std is {self.std}; every entry is above 0")
         _require(self.shift_pixels >= 0, f"augment.shift_pixels is {self.shift_pixels}; 0 or more")
 
@@ -226,7 +237,7 @@ class MixConfig:
         for name in ("mixup", "cutmix"):
             _require(getattr(self, name) >= 0, f"mix.{name} is {getattr(self, name)}; 0 (off) or more")
         for name in ("prob", "switch_prob"):
-            _require(0 <= getattr(self, name) <= 1, f"mix.{name} is {getattr(self, name)}; it is in [0, 1]")
+            _require_share(f"mix.{name}", getattr(self, name))
 
     @property
     def mixes_images(self) -> bool:
@@ -303,7 +314,7 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optim.lr is {self.lr}; it is above 0")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; 0 or more")
+        _require(0 <= self.weight_decay <= 1, f"optim.weight_decay is {self.weight_decay}; it is in [0, 1]")
         _require(
             len(self.betas) in (2, 3) and all(0 <= b < 1 for b in self.betas),
             f"optim.betas is {self.betas}; two numbers in [0, 1), or three for an optimizer that takes them",
