@@ -34,7 +34,7 @@ OTHER_PROGRAMS = {
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .",
 }
 # Scripts that tests of their own run: tests/scripts/, and below the one for the page of options.
-RUN_ELSEWHERE = {"scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"} | {
+RUN_ELSEWHERE = {"scripts/soak.py", "scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"} | {
     f"scripts/benchmark/{name}.py" for name in ("model", "loader", "step", "roofline")
 }
 
