@@ -29,6 +29,7 @@ from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, checking_usage
+from volo.runtime.signals import StopRequest
 from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
@@ -36,8 +37,9 @@ _logger = logging.getLogger("volo")
 
 def run_training(config: Config) -> int:
     """Train as ``config`` says; return the exit code (see :mod:`volo.runtime.program`)."""
+    stop = StopRequest(config.train.stop_timeout_seconds, starting=True)
     with checking_usage():
-        trainer = set_up(config)
+        trainer = set_up(config, stop)
     trainer.show_batch()
     finished = trainer.fit()
     if trainer.world.is_main:
@@ -55,7 +57,7 @@ def draw_curves(run: RunFolder) -> None:
         _logger.warning("%s could not be drawn: %s: %s", run.curves, type(error).__name__, error)
 
 
-def set_up(config: Config) -> Trainer:
+def set_up(config: Config, stop: StopRequest) -> Trainer:
     """Join the other processes and make everything that a run needs, from the newest checkpoint if there is one.
 
     Raises ValueError for what the user has to correct.
@@ -78,8 +80,9 @@ def set_up(config: Config) -> Trainer:
     labels = open_token_labels(config, splits, learner.grid, world.is_main)
     loader = make_train_loader(config, splits.train, world, layout, labels)
     val_loader = make_eval_loader(config, splits.val, world) if splits.val is not None else None
-    trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint)
+    trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint, stop)
     distributed.on_main(lambda: run.write_config(config))
+    stop.begin()
     _logger.info("%s", describe(trainer, labels))
     if path is not None:
         _logger.info("resuming from %s: epoch %d, step %d", path, trainer.state.epoch, trainer.state.step)

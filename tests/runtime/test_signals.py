@@ -71,7 +71,7 @@ WAITING = """
 import ctypes, os, signal, sys, threading, time
 from volo.runtime.signals import StopRequest
 
-stop = StopRequest(limit_seconds=0.2)
+stop = StopRequest(limit_seconds=0.2, starting=sys.argv[1] == "starting")
 pid = os.fork()
 if pid == 0:  # like a data worker: its signals are not its parent's
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -94,11 +94,13 @@ lock(mutex)  # waits for ever, and no signal interrupts it
 """
 
 
-@pytest.mark.parametrize("what", ["heeded", "stuck"])
+@pytest.mark.parametrize("what", ["heeded", "stuck", "starting"])
 def test_a_step_that_does_not_end_ends_the_process(what):
     ended = subprocess.run([sys.executable, "-c", WAITING, what], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if what == "heeded":
         assert (ended.returncode, ended.stderr) == (42, "")
+    elif what == "starting":
+        assert (ended.returncode, ended.stderr) == (75, "")
     else:
         assert ended.returncode == 1, ended.stderr
         assert ended.stderr.startswith("error: the step under way did not end within 0.2 s")

@@ -56,6 +56,7 @@ class Trainer:
         loader: TrainLoader,
         val_loader: EvalLoader | None,
         checkpoint: dict | None,
+        stop: StopRequest,
     ):
         """Set up the run of ``learner`` on the batches of ``loader``.
 
@@ -66,6 +67,7 @@ class Trainer:
             loader: This rank's training batches.
             val_loader: This rank's share of the evaluation; None if nothing is evaluated.
             checkpoint: The checkpoint to resume from, or None.
+            stop: The request to stop.
         """
         self.config, self.world, self.run, self.splits = config, world, run, splits
         self.learner, self.loader, self.val_loader = learner, loader, val_loader
@@ -87,7 +89,7 @@ class Trainer:
         self.best_saved = self.best_being_saved = (self.state.best_top1, self.state.best_epoch)
         self.seconds_compiling = 0.0
         self.failures: list[str] = []  # unreadable images that were replaced since the last log line
-        self.stop = StopRequest(config.train.stop_timeout_seconds)
+        self.stop = stop
         self.stop_vote = distributed.StopVote()
 
     def fit(self) -> bool:

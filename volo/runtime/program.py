@@ -105,6 +105,14 @@ def end_at_once(reason: str) -> NoReturn:
     _exit(FAILED)
 
 
+def stop_at_once() -> NoReturn:
+    """End the process, from any thread, with exit code 75: a signal asked for it before there was anything to save."""
+    _logger.info("stopped by a signal before the first step; nothing had to be saved")
+    leave_for_launcher(STOPPED)
+    forgo_restarts()
+    _exit(STOPPED)
+
+
 def _exit(code: int) -> NoReturn:
     # Other processes may be gone: leaving the process group in order would wait for them.
     for worker in multiprocessing.active_children():

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from volo.runtime.program import end_at_once
+from volo.runtime.program import end_at_once, stop_at_once
 
 # One request often arrives several times: Ctrl-C and schedulers signal every process, and torchrun forwards its own.
 _SAME_REQUEST_SECONDS = 5.0
@@ -28,10 +28,13 @@ class StopRequest:
         limit_seconds: If given, the process is ended with exit code 1 unless :meth:`heed` is called within this time
             after a signal. A main thread that waits for a GPU, or for a process that is gone, never gets to run a
             signal handler, so a thread of its own watches.
+        starting: If true, a signal before :meth:`begin` ends the process at once with exit code 75: there is nothing
+            to save yet. It needs ``limit_seconds``.
     """
 
-    def __init__(self, limit_seconds: float | None = None):
+    def __init__(self, limit_seconds: float | None = None, starting: bool = False):
         self.requested = False
+        self._starting = starting
         self._since = 0.0
         self._before = {s: signal.signal(s, self._handle) for s in stop_signals()}
         self._heeded = threading.Event()
@@ -58,12 +61,18 @@ class StopRequest:
                 os.close(reader)
                 return
             signum = arrived[0]
+        if self._starting:
+            stop_at_once()
         if not self._heeded.wait(limit_seconds):
             end_at_once(
                 f"the step under way did not end within {limit_seconds:g} s of the signal to stop "
                 "(train.stop_timeout_seconds): a GPU or another process of the run does not answer. The last "
                 "checkpoint is intact"
             )
+
+    def begin(self) -> None:
+        """Say that work begins, which a signal interrupts only where it can be saved."""
+        self._starting = False
 
     def heed(self) -> None:
         """Say that work has stopped; what is left, such as saving a checkpoint, may take as long as it needs."""
