@@ -106,6 +106,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 signalled=0 # by the signal that interrupted the last wait
 stop=       # the first signal
 torchrun=
+# shellcheck disable=SC2329 # the trap below calls it
 forward() {
     signalled=1
     [ -z "$stop" ] || return # a second signal makes torchrun leave while its processes are still saving

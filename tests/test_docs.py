@@ -34,9 +34,13 @@ OTHER_PROGRAMS = {
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .",
 }
 # Scripts that tests of their own run: tests/scripts/, and below the one for the page of options.
-RUN_ELSEWHERE = {"scripts/soak.py", "scripts/quickstart.sh", "scripts/test.sh", "docs/make_options.py"} | {
-    f"scripts/benchmark/{name}.py" for name in ("model", "loader", "step", "roofline")
-}
+RUN_ELSEWHERE = {
+    "scripts/slurm_train.sh",
+    "scripts/soak.py",
+    "scripts/quickstart.sh",
+    "scripts/test.sh",
+    "docs/make_options.py",
+} | {f"scripts/benchmark/{name}.py" for name in ("model", "loader", "step", "roofline")}
 
 
 def commands(name: str) -> list[str]:
@@ -57,7 +61,7 @@ def program_of(command: str) -> tuple[str, list[str]]:
         return "train.py", words[2:]
     place = next((i for i, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
     assert place is not None, f"not a program of ours: {command}"
-    assert words[0] in ("python", "torchrun", "bash"), command
+    assert words[0] in ("python", "torchrun", "bash", "sbatch"), command
     return words[place], words[place + 1 :]
 
 
