@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -142,7 +143,30 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **changes}
 
 
-def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | None = None, **env: str) -> "Started":
+def wait_for_pipes(patch: Callable = setattr) -> None:
+    """Let this process wait for pipes, which it would refuse: a pipe stands for a file on storage that hangs.
+
+    Args:
+        patch: What replaces an attribute of a module; ``monkeypatch.setattr`` restores it.
+    """
+    from volo.data.sources import folders
+    from volo.runtime import files
+    from volo.token_labels import pt_folder
+
+    patch(files, "open_regular", os.open)
+    patch(folders, "_require_regular", lambda entry: None)
+    patch(pt_folder, "refuse_special", lambda status: None)
+
+
+def start(
+    program: Path,
+    *words,
+    cwd: Path,
+    ranks: int = 1,
+    largest_file: int | None = None,
+    waits_for_pipes: bool = False,
+    **env: str,
+) -> "Started":
     """Start train.py or validate.py in forked processes.
 
     Args:
@@ -151,6 +175,7 @@ def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | 
         cwd: The folder it starts in; created if missing.
         ranks: Number of processes; more than one get the environment that torchrun would give them.
         largest_file: Size in bytes beyond which a write fails, as on a full disk.
+        waits_for_pipes: See :func:`wait_for_pipes`.
         env: Changes to :func:`environment`.
     """
     cwd.mkdir(exist_ok=True)
@@ -162,6 +187,7 @@ def start(program: Path, *words, cwd: Path, ranks: int = 1, largest_file: int | 
         "cwd": str(cwd),
         "scratch": scratch,
         "largest_file": largest_file,
+        "waits_for_pipes": waits_for_pipes,
         "ranks": [],
     }
     for rank in range(ranks):
@@ -318,6 +344,8 @@ def _become(job: dict, rank: dict) -> None:
     os.environ.update(rank["env"])
     if job["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+    if job["waits_for_pipes"]:
+        wait_for_pipes()
     sys.argv = [job["program"], *job["words"]]
     sys.path.insert(0, str(Path(job["program"]).parent))  # as Python does
     runpy.run_path(job["program"], run_name="__main__")

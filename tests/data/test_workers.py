@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -259,7 +260,8 @@ def hanging(loader: TrainLoader, path: str):
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
-def test_storage_that_hangs_is_named(records, on_error):
+def test_storage_that_hangs_is_named(records, on_error, monkeypatch):
+    programs.wait_for_pipes(monkeypatch.setattr)
     loader = train_loader(
         records, TRANSFORM, seed=0, global_batch=23, workers=2, on_error=on_error, timeout_seconds=1, epochs=1
     )
@@ -306,6 +308,7 @@ def wait_until(condition) -> None:
 def test_a_slow_batch_within_the_timeout_is_waited_for(records, monkeypatch):
     """It takes longer than one poll of the workers: the file is written once the second poll has begun."""
     monkeypatch.setattr("volo.data.workers._POLL_SECONDS", 0.05)
+    programs.wait_for_pipes(monkeypatch.setattr)
     polls = threading.Semaphore(0)
     loader = train_loader(records, TRANSFORM, seed=0, global_batch=23, workers=1, timeout_seconds=60, epochs=1)
     path = records.location(4)

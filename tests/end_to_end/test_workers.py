@@ -115,5 +115,5 @@ def test_storage_that_hangs_ends_the_run_with_the_file(recipe, images, tmp_path)
     stuck.unlink()
     os.mkfifo(stuck)  # opening it blocks for ever
     words = ("--config", recipe, "--data.timeout_seconds", 1)
-    ended = programs.run(TRAIN, *words, cwd=tmp_path)
+    ended = programs.run(TRAIN, *words, cwd=tmp_path, waits_for_pipes=True)
     ended.assert_failed(FAILED, "no batch for 1 s (data.timeout_seconds)", f" at {stuck}")

@@ -11,6 +11,8 @@ from pathlib import Path
 import formats
 import pytest
 import webdataset
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from programs import DONE, FAILED, ROOT, USAGE, environment, picture, run
 
@@ -22,6 +24,7 @@ from volo.prepare_imagenet import verify
 from volo.prepare_imagenet.options import ShardOptions, UnpackOptions
 from volo.prepare_imagenet.shard import run_shard
 from volo.prepare_imagenet.unpack import run_unpack
+from volo.runtime.program import UsageError
 
 SCRIPT = ROOT / "scripts/prepare_imagenet.py"
 CLASSES = ("n01440764", "n01443537", "n02119789")
@@ -176,6 +179,52 @@ def test_unpacked_archives_are_the_folders_they_were_made_of(source, images, tmp
     (tmp_path / "out/train/mine").mkdir()
     ended = prepare("unpack", source, "--output", "out", *EXPECT)
     ended.assert_failed(USAGE, "out/train holds mine")
+
+
+def flat_archive(folder: Path, names: list[str]) -> Path:
+    """Write a training archive whose classes come from .cls files, one image each."""
+    files = {}
+    for number, name in enumerate(names):
+        files |= {f"{number}.jpg": b"image", f"{number}.cls": name.encode("utf-8", "surrogateescape")}
+    formats.write_tar(folder / "ILSVRC2012_img_train.tar", files)
+    return folder
+
+
+HOSTILE = ("../../x", "/proc/x", "..", ".", "", "a/b", ".hidden", "a\0b", "../out2", "a/../../x", "x/")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(HOSTILE) | st.text("./ax\\\n\x1bü", max_size=6))
+@example("../../x")
+@example("a\0b")
+@example("\x1b]0;x\x07")
+def test_classes_of_an_archive_are_folders_of_the_output_or_refused(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("drawn")
+    classes = {name.strip(), "other"}
+    source = flat_archive(folder / "source", [name, "other"])
+    options = UnpackOptions(
+        source=str(source), output=str(folder / "out"), cache="none", split="train", expect_train=2, expect_val=0
+    )
+    try:
+        run_unpack(options)
+    except UsageError as error:
+        assert not (folder / "out").exists()
+        assert "ILSVRC2012_img_train.tar" in str(error) and (repr(name.strip()) in str(error) or len(classes) == 1)
+        assert "/" in name or name.strip()[:1] in ("", ".") or "\0" in name
+    else:
+        assert {path.name for path in (folder / "out/train").iterdir()} == classes
+    assert {path.name for path in folder.iterdir()} <= {"source", "out"}
+
+
+def test_keys_of_shards_lead_nowhere(tmp_path):
+    """Also not in shards that are unpacked by tar."""
+    source = flat_archive(tmp_path / "source", ["../../x", "other"])
+    options = ShardOptions(
+        source=str(source), output=str(tmp_path / "out"), cache="none", split="train", expect_train=2, expect_val=0
+    )
+    with pytest.raises(UsageError, match=r"ILSVRC2012_img_train.tar: .* has the name '../../x/0'"):
+        run_shard(options)
+    assert not (tmp_path / "out").exists()
 
 
 class Interrupted:

@@ -3,8 +3,17 @@
 import os
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from volo.runtime.files import atomic_file, link_atomic, remove_temporary_files, write_atomic
+from volo.runtime.files import (
+    atomic_file,
+    link_atomic,
+    path_below,
+    read_regular,
+    remove_temporary_files,
+    write_atomic,
+)
 
 
 def names(folder) -> list[str]:
@@ -65,3 +74,35 @@ def test_what_killed_writers_left_can_be_removed(tmp_path):
         (tmp_path / name).write_text("")
     remove_temporary_files(tmp_path)
     assert names(tmp_path) == [".kept", "kept.tmp"]
+
+
+PARTS = st.sampled_from(["..", ".", "", "a", "b.jpg", "...", "a..", " ", "\\", "ü", "\udcff", "\0", "\n", "\x1b[2J"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(PARTS, min_size=1, max_size=5))
+def test_a_name_from_a_file_stays_below_its_folder_or_is_refused(parts):
+    root, name = "/data/root", "/".join(parts)
+    try:
+        path = path_below(root, name, "x.tar")
+    except ValueError as error:
+        assert str(error).startswith("x.tar has the name ") and repr(name) in str(error)
+        assert "\0" in name or name[:1] in ("", "/") or parts[-1] in ("", ".") or ".." in parts
+    else:
+        assert os.path.normpath(path).startswith(f"{root}/") and "\0" not in path
+        assert ".." not in path.split("/") and not path.endswith(("/", "/."))
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "plain").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("plain")
+    assert read_regular(tmp_path / "link") == read_regular(tmp_path / "plain") == b"content"
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("pipe", "device"):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_regular(tmp_path / name)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)

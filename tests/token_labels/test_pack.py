@@ -233,7 +233,7 @@ def stuck(source):
     """A program that waits in the middle: one of its label files is a pipe that nobody writes to."""
     (source / f"{STUCK}.pt").unlink()
     os.mkfifo(source / f"{STUCK}.pt")
-    program = programs.start(SCRIPT, "--source", source, "--output", "store", cwd=source.parent)
+    program = programs.start(SCRIPT, "--source", source, "--output", "store", cwd=source.parent, waits_for_pipes=True)
     program.follow("packing  step 5/12")  # four files of n0, and n1/n1_1
     yield program
     with contextlib.suppress(ProcessLookupError):

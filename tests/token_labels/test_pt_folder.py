@@ -132,3 +132,13 @@ def test_a_sample_is_spread_evenly(count, most):
     assert drawn[0] == 0 and (most == 1 or drawn[-1] == count - 1)
     assert len(drawn) == min(count, most) == len(set(drawn))
     assert max(np.diff(drawn), default=1) - min(np.diff(drawn), default=1) <= 1
+
+
+def test_a_label_file_that_is_a_pipe_or_a_device_is_not_read(tmp_path):
+    published(tmp_path, LABELS)
+    os.mkfifo(tmp_path / "cat/pipe.pt")
+    (tmp_path / "cat/zero.pt").symlink_to("/dev/zero")  # it never ends
+    labels = open_labels(tmp_path)
+    for entry in labels.find(["cat/pipe", "cat/zero"]).tolist():
+        with pytest.raises(ValueError, match="is not a token label: a pipe, a socket or a device"):
+            labels.read(entry)

@@ -399,3 +399,12 @@ def test_invalid_values_are_not_read(packed, name, value, message):
             assert_same(opened.read(entry), LABELS[key])
     with pytest.raises(ValueError, match=f"{packed}: label of 'cat/c2': {message}.*copy the store.*pack it again"):
         opened.read(2)
+
+
+@pytest.mark.parametrize("name", ["header.json", *store.FILES])
+def test_a_file_of_a_store_that_is_a_device_is_not_read(packed, name):
+    (packed / name).unlink()
+    (packed / name).symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=f"{name} cannot be read: a pipe, a socket or a device"):
+        TokenLabelStore(packed)
+    assert store.is_store(packed) == (name != "header.json")

@@ -29,7 +29,7 @@ from volo.prepare_imagenet.official import check_counts, open_splits, require_fr
 from volo.prepare_imagenet.options import ShardOptions
 from volo.reporting import ProgressBar
 from volo.runtime.distributed import worker_count
-from volo.runtime.files import atomic_file, remove_temporary_files, write_atomic
+from volo.runtime.files import atomic_file, remove_temporary_files, require_below, write_atomic
 from volo.runtime.program import DONE, checking_usage
 from volo.runtime.rng import generator
 
@@ -124,9 +124,10 @@ def require_same(path: Path, about: dict) -> None:
 
 
 def require_unique_keys(records: ImageRecords) -> None:
-    """Raise ValueError if two images would share a key: one of them would be lost."""
+    """Raise ValueError if two images would share a key, so that one would be lost, or if a key leads elsewhere."""
     first: dict[str, int] = {}
     for index in range(len(records)):
+        require_below(_key(records, index), records.location(index))
         if (other := first.setdefault(_key(records, index), index)) != index:
             raise ValueError(
                 f"{records.location(other)} and {records.location(index)} would share the key "

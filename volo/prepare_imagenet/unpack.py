@@ -16,7 +16,7 @@ from volo.data.sources.records import ImageRecords
 from volo.prepare_imagenet.official import check_counts, open_splits
 from volo.prepare_imagenet.options import UnpackOptions
 from volo.reporting import ProgressBar
-from volo.runtime.files import rename_folder
+from volo.runtime.files import path_below, rename_folder, require_below
 from volo.runtime.program import DONE, checking_usage
 
 _THREADS = 16
@@ -30,6 +30,7 @@ def run_unpack(options: UnpackOptions) -> int:
     with checking_usage():
         splits = open_splits(options)
         for split, records in splits.items():
+            require_folder_names(records)
             require_only_classes(output / split, records)
         check_counts(options, {split: len(records) for split, records in splits.items()})
     for split, records in splits.items():
@@ -37,6 +38,17 @@ def run_unpack(options: UnpackOptions) -> int:
     counts = {split: sum(1 for _ in (output / split).glob("*/*")) for split in splits}
     _logger.info("%s: %s", output, check_counts(options, counts))
     return DONE
+
+
+def require_folder_names(records: ImageRecords) -> None:
+    """Raise ValueError if a class has a name that cannot be that of a visible folder in the output."""
+    for label, index in zip(*np.unique(records.labels, return_index=True), strict=True):
+        name, source = records.classes[label], records.location(index)
+        require_below(name, source)
+        if name.startswith(".") or "/" in name:
+            raise ValueError(
+                f"{source} has the class {name!r}, which cannot be the name of a visible folder. Rename the class there"
+            )
 
 
 def require_only_classes(folder: Path, records: ImageRecords) -> None:
@@ -58,7 +70,7 @@ def unpack(records: ImageRecords, folder: Path) -> None:
     bar = ProgressBar(len(records), f"unpacking {folder}", log_every=max(len(records) // 20, 1))
     for label, name in enumerate(records.classes):
         indices = np.flatnonzero(records.labels == label)
-        complete = folder / name
+        complete = Path(path_below(folder, name, str(folder)))
         if not len(indices):
             continue
         if complete.exists():
@@ -78,7 +90,10 @@ def _write_class(records: ImageRecords, indices: np.ndarray, partial: Path, comp
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    paths = [partial / os.path.basename(records.name(index)) for index in indices.tolist()]
+    paths = [
+        Path(path_below(partial, os.path.basename(records.name(index)), records.location(index)))
+        for index in indices.tolist()
+    ]
     if len(set(paths)) != len(paths):
         raise ValueError(f"images of {complete.name} have the same name, so one folder cannot hold them")
     with ThreadPoolExecutor(_THREADS) as pool:  # a single thread would wait for the disk after every file

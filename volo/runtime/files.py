@@ -1,4 +1,8 @@
-"""Files that are written completely or not at all, and that survive a power failure; folders with one writer."""
+"""Files that are written completely or not at all; folders with one writer; and paths from foreign names.
+
+A name that stands in a file (an archive's member, a class, a row) is the word of whoever made the file. Before it
+becomes a path, :func:`path_below` refuses what leads elsewhere. Links that a user puts into a folder are followed.
+"""
 
 import contextlib
 import errno
@@ -7,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,6 +21,53 @@ from typing import BinaryIO
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _logger = logging.getLogger("volo")
+
+
+def require_below(name: str, source: str) -> None:
+    """Raise ValueError unless ``name`` is a relative path that names something below any folder it is put into.
+
+    Args:
+        name: A name with forward slashes, as it stands in a file.
+        source: That file, which begins the message.
+    """
+    parts = name.split("/")
+    if parts[0] == "" or parts[-1] in ("", ".") or ".." in parts or "\0" in name:
+        raise ValueError(
+            f"{source} has the name {name!r}, which may lead out of its folder. Names are relative paths of files, "
+            "without '..': rename it there"
+        )
+
+
+def path_below(root: str | os.PathLike, name: str, source: str) -> str:
+    """Return the path of ``name`` in the folder ``root``; ValueError as in :func:`require_below`."""
+    require_below(name, source)
+    return os.path.join(root, name)
+
+
+def refuse_special(status: os.stat_result) -> None:
+    """Raise OSError for a pipe, a socket or a device: reading it may never end. Folders pass, to fail as such."""
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a regular file")
+
+
+def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
+    """Open ``path`` and return its descriptor, also as the ``opener`` of :func:`open`; never waits for a pipe.
+
+    Raises OSError as :func:`refuse_special` does.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        refuse_special(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """Return the content of a file; raises OSError as :func:`open_regular` does."""
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
+        return file.read()
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from volo.runtime.files import refuse_special
 from volo.token_labels.store import MAX_CLASSES, StoreHeader, TokenLabelMap, check_map
 
 _SUFFIX = ".pt"
@@ -142,6 +143,7 @@ def files_below(root: Path) -> Iterator[str]:
 def _load_tensor(path: Path) -> Tensor:
     """Return the tensor [2, k, h, w] of a label file."""
     try:
+        refuse_special(os.stat(path))
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:  # a fault of the machine, not of the file
         raise

@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from volo.runtime.files import open_regular, read_regular
+
 FORMAT = "volo token labels"
 VERSION = 1
 HEADER = "header.json"
@@ -179,7 +181,7 @@ class TokenLabelStore:
         return label
 
     def key(self, entry: int) -> str:
-        """Return the key of an entry."""
+        """Return the key of an entry: whatever stands in the store, which is compared and never opened as a path."""
         assert 0 <= entry < len(self), f"entry {entry} of {len(self)}"
         ends = self._fields()["key_end"]
         begin = int(ends[entry - 1]) if entry else 0
@@ -235,7 +237,7 @@ class TokenLabelStore:
     def _map(self, name: str, size: int) -> mmap.mmap:
         path = self.path / name
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=open_regular) as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise _incomplete(path, f"{found:,} bytes instead of {size:,}")
@@ -284,7 +286,7 @@ def _incomplete(path: Path, what: str) -> ValueError:
 
 def _read_header(path: Path) -> bytes:
     try:
-        with open(path / HEADER, "rb") as file:
+        with open(path / HEADER, "rb", opener=open_regular) as file:
             text = file.read(_LARGEST_HEADER + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
@@ -301,7 +303,7 @@ def _read_header(path: Path) -> bytes:
 def is_store(path: Path) -> bool:
     """Tell whether ``path`` is a packed store, of any version, complete or not."""
     try:
-        return json.loads((path / HEADER).read_bytes())["format"] == FORMAT
+        return json.loads(read_regular(path / HEADER))["format"] == FORMAT
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 

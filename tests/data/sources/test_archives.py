@@ -116,6 +116,53 @@ def test_links_in_archives_are_refused(tmp_path):
         records(tmp_path / "all.tar")
 
 
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/etc/x.jpg", "../../a.cls", "//x.jpg", "a/x\0y.jpg"])
+def test_members_whose_names_leave_the_archive_are_refused(tmp_path, name, inner):
+    path = write_pax(tmp_path / "all.tar", {**FILES, name: b"0"})
+    if inner:
+        path = formats.write_tar(tmp_path / "outer.tar", {"a.tar": path.read_bytes()})
+    with pytest.raises(ValueError, match=f"{path}(: a.tar)? has the name .*leave|out of its folder") as error:
+        records(path)
+    assert repr(os.path.normpath(name)) in str(error.value)
+
+
+def write_pax(path: Path, files: dict[str, bytes]) -> Path:
+    """Names with a NUL only get into an archive by a header of their own."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo("a/z.jpg" if "\0" in name else name)
+            member.pax_headers = {"path": name} if "\0" in name else {}
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_names_that_stay_in_the_archive_are_read(tmp_path):
+    """Also if they go there and back; other files may have any name, and are counted."""
+    names = {"./a/../a/x.jpg": b"1", "b//y.jpg": b"2", "../notes.txt": b"3", "b/...jpg": b"4"}
+    found = records(formats.write_tar(tmp_path / "all.tar", names))
+    assert list(found.names) == ["a/x.jpg", "b/y.jpg"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("name", ["a/y.jpg", "a/x.cls", "a.tar"])
+def test_members_that_are_no_regular_files_are_refused(tmp_path, kind, name):
+    with tarfile.open(formats.write_tar(tmp_path / "all.tar", FILES), "a", format=tarfile.GNU_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.type = kind
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=f"all.tar: {name} is a pipe, a device or a sparse file"):
+        records(tmp_path / "all.tar")
+
+
+def test_shards_that_are_no_regular_files_are_refused(tmp_path):
+    formats.write_tar(tmp_path / "train/0.tar", FILES)
+    (tmp_path / "train/1.tar").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match="train/1.tar cannot be read: a pipe, a socket or a device"):
+        open_split(DataConfig(str(tmp_path), cache="none"), "train").records(CLASSES)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

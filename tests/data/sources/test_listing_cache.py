@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from volo.data.sources import folders
+from volo.data.sources.base import PackedNames
 from volo.data.sources.folders import FolderSplit, scan_class_folders
 from volo.data.sources.label_files import LabelsOption
 from volo.data.sources.listing_cache import ListingCache
@@ -176,3 +177,15 @@ def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
     monkeypatch.setattr(folders.os, "scandir", forbidden)
     with pytest.raises(ValueError, match="a/deep cannot be listed: Permission denied"):
         scan_class_folders(str(root), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "/etc/x.png", "a/../../x.png", "a/x\0.png"])
+def test_a_listing_with_names_that_no_listing_has_is_replaced(listings, root, name):
+    """The cache folder may be shared with others."""
+    names, _ = listings.names()
+    (file,) = listings.cache.iterdir()
+    with np.load(file) as kept:
+        arrays = dict(kept)
+    forged = PackedNames.of([name, *names[1:]])
+    np.savez(file, **arrays | {"names": forged.text, "name_ends": forged.ends})
+    assert listings.names()[0] == names

@@ -1,6 +1,7 @@
 """Class lists, folders and labels files: the right class by name, and an error with a name for everything else."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torchvision
 
 from volo.config import DataConfig
+from volo.data.pixels.decode import UnreadableImage
 from volo.data.sources.base import PackedNames
 from volo.data.sources.folders import FolderSplit, folder_layout, scan_class_folders
 from volo.data.sources.formats import open_split
@@ -137,6 +139,38 @@ def test_dead_links_are_listed(tmp_path):
     touch(tmp_path, "a/x.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
     assert scan_class_folders(str(tmp_path), ("a", "b")).names == PackedNames.of(["a/gone.png", "a/x.png"])
+
+
+def test_links_of_the_user_are_followed(tmp_path):
+    """Class folders and images may lie on other disks."""
+    touch(tmp_path, "root/a/x.png", "disk/b/y.png", "disk/z.png")
+    (tmp_path / "root/b").symlink_to(tmp_path / "disk/b")
+    (tmp_path / "root/a/z.png").symlink_to("../../disk/z.png")
+    (tmp_path / "disk/z.png").write_bytes(b"z")
+    records = scan_class_folders(str(tmp_path / "root"), ("a", "b"))
+    assert list(records.names) == ["a/x.png", "a/z.png", "b/y.png"] and records.read(1) == b"z"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_an_image_that_is_no_regular_file_is_named_without_opening_it(tmp_path, kind):
+    def make(path: Path) -> None:
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/null")
+
+    touch(tmp_path, "a/x.png", "b/x.png")
+    make(tmp_path / "a/notes.txt")
+    assert scan_class_folders(str(tmp_path), ("a", "b")).ignored == 1
+    make(tmp_path / "b/y.png")
+    with pytest.raises(ValueError, match="b/y.png is a pipe, a socket or a device"):
+        scan_class_folders(str(tmp_path), ("a", "b"))
+
+
+def test_an_image_that_has_become_a_device_is_not_read(tmp_path):
+    touch(tmp_path, "a/x.png", "b/x.png")
+    records = scan_class_folders(str(tmp_path), ("a", "b"))
+    (tmp_path / "a/x.png").unlink()
+    (tmp_path / "a/x.png").symlink_to("/dev/null")
+    with pytest.raises(UnreadableImage, match="a/x.png: a pipe, a socket or a device"):
+        records.read(0)
 
 
 def labelled(directory: str, labels_file: str, classes: tuple[str, ...]) -> ImageRecords:

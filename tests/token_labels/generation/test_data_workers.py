@@ -34,7 +34,9 @@ class StuckRun:
         self.program = self._start(*words)
 
     def _start(self, *words) -> programs.Started:
-        return programs.start(ROOT / "scripts/generate_token_labels.py", *self._words, *words, cwd=self.folder)
+        return programs.start(
+            ROOT / "scripts/generate_token_labels.py", *self._words, *words, cwd=self.folder, waits_for_pipes=True
+        )
 
     @contextlib.contextmanager
     def waiting_worker(self) -> Iterator[int]:

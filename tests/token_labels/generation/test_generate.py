@@ -333,7 +333,7 @@ class Held:
 def test_a_run_resumes_after_a_signal_with_the_same_store(signum, code, images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
     given = options(held.root, tmp_path / "labels", "timm:test_resnet", cnn)
-    started = programs.start(GENERATE, *words(given), cwd=tmp_path)
+    started = programs.start(GENERATE, *words(given), cwd=tmp_path, waits_for_pipes=True)
     held.send(signum, started.pids[0])
     (ended,) = started.finish()
     assert ended.code == code, ended.err
@@ -354,7 +354,7 @@ def test_a_run_resumes_after_a_signal_with_the_same_store(signum, code, images, 
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_resumes(images, cnn, uninterrupted, tmp_path, capsys):
     held = Held(images, tmp_path / "held")
     given = options(held.root, tmp_path / "labels", "timm:test_resnet", cnn)
-    started = programs.start(GENERATE, *words(given), cwd=tmp_path, ranks=2)
+    started = programs.start(GENERATE, *words(given), cwd=tmp_path, waits_for_pipes=True, ranks=2)
     held.send(signal.SIGTERM, started.pids[0])
     ended = started.finish()
     assert [process.code for process in ended] == [STOPPED, STOPPED], ended
@@ -556,6 +556,21 @@ def test_an_existing_output_is_not_touched(images, cnn, tmp_path):
     with pytest.raises(UsageError, match="other.parts exists"):
         run_generation(options(images, tmp_path / "other", "timm:test_resnet", cnn))
     assert (tmp_path / "labels/mine").exists() and (tmp_path / "other.parts/mine").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/proc/x", "a/../../../x"])
+def test_label_files_stay_in_the_output(name, tmp_path, cnn):
+    """A class out of a .cls file is the folder of an image in flat shards."""
+    files = {f"{i}.jpg": b"image" for i in range(2)} | {"0.cls": name.encode(), "1.cls": b"other"}
+    formats.write_tar(tmp_path / "all.tar", files)
+    (tmp_path / "classes.txt").write_text(f"{name}\nother\n")
+    given = options(
+        *(tmp_path / "all.tar", tmp_path / "labels", "timm:test_resnet", cnn),
+        **{"format": "published", "class_list": str(tmp_path / "classes.txt")},
+    )
+    with pytest.raises(UsageError, match="all.tar: .* may lead out of its folder"):
+        run_generation(given)
+    assert not (tmp_path / "labels").exists()
 
 
 def test_two_images_that_would_share_a_label_are_refused(images, cnn, tmp_path):

@@ -16,6 +16,7 @@ from volo.data.sources.listing_cache import Arrays
 from volo.data.sources.ranges import fingerprint, open_url
 from volo.data.sources.records import has_image_suffix
 from volo.reporting import ProgressBar
+from volo.runtime.files import require_below
 
 _THREADS = 16  # indexing mostly waits for the disk or the network
 _BLOCK = 512
@@ -64,7 +65,8 @@ def index_archives(urls: list[str], fingerprints: list[str], location: str) -> A
         for none; ``fingerprints`` of the archives; ``ignored``, the number of hidden images and of other files.
 
     Raises:
-        ValueError: An archive is damaged, compressed, or holds links, a name twice, or an ambiguous sample.
+        ValueError: An archive is damaged, compressed, or holds links, devices, a name that leaves its folder, a name
+            twice, or an ambiguous sample.
     """
     parts: list[tuple[int, _Part]] = []
     tasks = [(number, url, 0, None, "") for number, url in enumerate(urls)]
@@ -95,7 +97,10 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
             end = file.seek(0, os.SEEK_END) if size is None else begin + size
             for member, archive in _members(file, begin, size, location):
                 name = posixpath.normpath(member.name)
-                if name.startswith("../") or any(part.startswith(".") for part in name.split("/")):
+                used = has_image_suffix(name) or name.endswith((".tar", ".cls"))
+                if used:
+                    require_below(name, location)
+                if any(part.startswith(".") for part in name.split("/")):
                     ignored += has_image_suffix(name)  # metadata of some operating systems, not images
                     continue
                 if member.issym() or member.islnk():
@@ -103,14 +108,19 @@ def _index_one(url: str, begin: int, size: int | None, folder: str) -> _Part:
                         f"{location}: {name} is a link to another file. Create the archive again with tar "
                         "--dereference --hard-dereference"
                     )
-                if name.endswith((".tar", ".cls")) or has_image_suffix(name):
+                if used and not member.isreg():
+                    raise ValueError(
+                        f"{location}: {name} is a pipe or a device, which cannot be read in place. Create the archive "
+                        "again from regular files"
+                    )
+                if used:
                     _require_plain(member, name, end, location)
                 if name.endswith(".tar") and not folder:
                     nested.append((posixpath.basename(name)[:-4], member.offset_data, member.size))
                 elif name.endswith(".cls"):
                     content = archive.extractfile(member)
-                    if content is not None:  # None for a device or a pipe
-                        classes[prefix + _key(name)] = content.read().decode("utf-8", "replace").strip()
+                    assert content is not None, "a regular file"
+                    classes[prefix + _key(name)] = content.read().decode("utf-8", "replace").strip()
                 elif has_image_suffix(name):
                     names.append(prefix + name)
                     offsets.append(member.offset_data)

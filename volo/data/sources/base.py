@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from volo.data.pixels.decode import UnreadableImage
+from volo.runtime.files import read_regular
 
 
 class PackedNames(Sequence[str]):
@@ -108,8 +109,7 @@ class FolderSource(ImageSource):
     def read(self, index: int) -> bytes:
         path = self.location(index)
         try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
+            return read_regular(path)
         except OSError as error:
             raise UnreadableImage(f"cannot read {path}: {error.strerror}") from error
 

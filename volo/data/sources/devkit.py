@@ -63,7 +63,7 @@ def _read(devkit: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     if os.path.isdir(devkit):
         for file in Path(devkit).rglob("*"):
-            found |= {name: file.read_bytes() for name in wanted if file.as_posix().endswith(name)}
+            found |= {name: file.read_bytes() for name in wanted if file.as_posix().endswith(name) and file.is_file()}
     else:
         try:
             with tarfile.open(devkit) as archive:

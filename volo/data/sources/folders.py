@@ -162,7 +162,7 @@ def _listing(directory: str, folders: list[str], listing_cache: ListingCache) ->
 
     def is_fresh(kept: Arrays) -> bool:
         known = PackedNames(kept["folders"], kept["folder_ends"])
-        if known != PackedNames.of(folders):
+        if known != PackedNames.of(folders) or not _as_listed(PackedNames(kept["names"], kept["name_ends"])):
             return False
         inside = PackedNames(kept["inside"], kept["inside_ends"])
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -172,6 +172,13 @@ def _listing(directory: str, folders: list[str], listing_cache: ListingCache) ->
     return listing_cache.get(
         kind, location, lambda: _list(directory, folders), is_fresh, lambda arrays: arrays["times"].max() / 1e9
     )
+
+
+def _as_listed(names: PackedNames) -> bool:
+    """Return whether ``names`` are such as a listing gives: anybody may have written into a shared cache folder."""
+    text = names.text.tobytes()
+    first = names.text[np.concatenate([[0], names.ends[:-1]])] if len(names) else names.text
+    return b"\0" not in text and b"/." not in text and not np.isin(first, list(b"/.")).any()
 
 
 def _list(directory: str, folders: list[str]) -> Arrays:
@@ -246,6 +253,7 @@ def _list_one(directory: str, folder: str) -> _Found:
                     if entry.name.startswith("."):
                         hidden += has_image_suffix(entry.name)
                     elif not entry.is_dir():
+                        _require_regular(entry)
                         files.append(name)  # dead links too: reading them gives an error with their name
                     else:
                         waiting.append((name, above | {this}))
@@ -255,6 +263,12 @@ def _list_one(directory: str, folder: str) -> _Found:
     others = [file for file in files if not has_image_suffix(file)]
     images = PackedNames.of(file for file in files if has_image_suffix(file))
     return _Found(images, len(others) + hidden, others[:_SHOWN], folders, times)
+
+
+def _require_regular(entry: os.DirEntry) -> None:
+    """Raise ValueError if ``entry`` has the suffix of an image and is a pipe, a socket or a device, or links to one."""
+    if not entry.is_file() and has_image_suffix(entry.name) and os.path.exists(entry.path):
+        raise ValueError(f"{entry.path} is a pipe, a socket or a device, not a regular file. Remove it")
 
 
 def _changed_at(path: str) -> int:

@@ -16,6 +16,7 @@ from volo.data.pixels.decode import SUFFIX_FORMATS, UnreadableImage
 from volo.data.sources.base import ImageSource, PackedNames
 from volo.data.sources.label_files import LabelsOption, class_indices, some
 from volo.data.sources.records import ImageRecords, Split, imagenet_classes
+from volo.runtime.files import path_below, read_regular, refuse_special, require_below
 
 _ALSO_CALLED = {"val": "validation", "validation": "val"}
 
@@ -48,12 +49,19 @@ class ParquetSource(ImageSource):
     def read(self, index: int) -> bytes:
         if self._reader is None:
             self._reader = _open(self.folder, self.split)
+        # Not by the reader's own [row], which opens any path.
+        image = self._reader.dataset[int(self.rows[index])][self._reader.image_key]
+        if image["bytes"]:
+            return image["bytes"]
+        if not image["path"]:
+            raise UnreadableImage(f"cannot read {self.location(index)}: the row has no image")
         try:
-            file, _ = self._reader[int(self.rows[index])]
-            with file:
-                return file.read()
-        except (OSError, AssertionError, TypeError) as error:  # the reader asserts that there are bytes or a path
-            raise UnreadableImage(f"cannot read {self.location(index)}: the row has no image ({error})") from error
+            return read_regular(path_below(self.folder, _relative(image["path"], self.folder), self.location(index)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UnreadableImage(
+                f"cannot read {self.location(index)}: the row has no bytes, only the path {image['path']!r} ({reason})"
+            ) from error
 
     def location(self, index: int) -> str:
         return f"{self.folder}, split {self.split}, row {self.rows[index]}: {self.names[index]}"
@@ -100,6 +108,7 @@ class ParquetSplit(Split):
             raise ValueError(f"{self.labels.name} is given, but {self.location} has labels of its own. Leave it out")
         if not len(reader):
             raise ValueError(f"{self.location} has no image")
+        self._require_paths_below(reader)
         labels = self._labels(reader, classes)
         names = [
             _name(path, row, classes[label])
@@ -119,6 +128,17 @@ class ParquetSplit(Split):
                     "number or a class name in the column label"
                 )
         return values
+
+    def _require_paths_below(self, reader) -> None:
+        """Raise ValueError if an image is given by a path that leaves the data set's folder; others are read there."""
+        import pyarrow.compute as compute
+
+        lengths = compute.binary_length(_arrow_column(reader, "image.bytes"))  # type: ignore[attr-defined]
+        without = np.flatnonzero(np.asarray(lengths.fill_null(0)) == 0)
+        paths = _arrow_column(reader, "image.path").take(without).to_pylist()
+        for row, path in zip(without.tolist(), paths, strict=True):
+            if path:
+                require_below(_relative(path, self.folder), f"{self.location}, row {row}, which has no bytes,")
 
     def _labels(self, reader, classes: tuple[str, ...]) -> np.ndarray:
         """Return the class index of each row, matched by class name if the data set has names.
@@ -146,15 +166,27 @@ class ParquetSplit(Split):
 def _open(folder: str, split: str) -> Any:
     """Return timm's reader of a split; ValueError if it cannot be opened, or a package is missing."""
     try:
+        import datasets
         import datasets.exceptions
         from timm.data.readers.reader_factory import create_reader
     except ImportError as error:
         raise ValueError(f"Parquet files need a package that is missing ({error}): pip install datasets") from error
     try:
+        for files in (datasets.load_dataset_builder(folder).config.data_files or {}).values():
+            for file in files:  # which a README.md in the folder may name
+                refuse_special(os.stat(path_below(folder, _relative(file, folder), folder)))
         return create_reader(f"hfds/{folder}", root=None, split=split)
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{folder} cannot be opened as a data set of images: {text}") from error
+
+
+def _relative(path: str, folder: str) -> str:
+    """Return ``path`` relative to ``folder`` if it is absolute and begins with it; else as it is."""
+    for root in (os.path.abspath(folder), os.path.realpath(folder)):
+        if path.startswith(f"{root}/"):
+            return path[len(root) + 1 :]
+    return path
 
 
 def _column(reader, name: str) -> list:
@@ -162,6 +194,11 @@ def _column(reader, name: str) -> list:
 
     Raises ValueError if there is no such column.
     """
+    return _arrow_column(reader, name).to_pylist()
+
+
+def _arrow_column(reader, name: str):
+    """Return :func:`_column` as a chunked array of Arrow, which is not read yet."""
     column, _, field = name.partition(".")
     if column not in reader.dataset.column_names:
         raise ValueError(
@@ -173,7 +210,7 @@ def _column(reader, name: str) -> list:
         import pyarrow.compute
 
         values = pyarrow.compute.struct_field(values, field)  # type: ignore[attr-defined]
-    return values.to_pylist()
+    return values
 
 
 def _name(path: str | None, row: int, class_name: str) -> str:

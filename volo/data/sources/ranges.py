@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from volo.runtime.files import open_regular, refuse_special
+
 _OPEN_FILES = 64  # per process; thousands of shards would exceed the system's limit
 _TRIES = 4  # per range of a URL, so that a run survives a server's restart
 # fsspec's file systems use these names for the tag of a file's content or the time of its last change.
@@ -47,16 +49,18 @@ def open_url(url: str) -> BinaryIO:
         system, path = file_system(url)
         return system.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
     # Only the 512-byte headers between the images are read: a large buffer would read the images too.
-    return open(url, "rb", buffering=8192)
+    return open(url, "rb", buffering=8192, opener=open_regular)
 
 
 def fingerprint(url: str) -> str:
     """Return the size of a file, and its time of change or a tag of its content: what differs once it changes.
 
-    Raises OSError if there is no such file.
+    Raises OSError if there is no such file, or if it is a pipe or a device.
     """
     if not is_url(url):
-        return _fingerprint_of(os.stat(url))
+        status = os.stat(url)
+        refuse_special(status)
+        return _fingerprint_of(status)
     system, path = file_system(url)
     with _as_os_error():
         info = system.info(path)
@@ -126,7 +130,7 @@ class RangeReader:
     def _read_file(self, number: int, offset: int, size: int) -> bytes:
         descriptor = self._open.get(number)
         if descriptor is None:
-            descriptor = os.open(self.urls[number], os.O_RDONLY)
+            descriptor = open_regular(self.urls[number])
             here, known = _fingerprint_of(os.fstat(descriptor)), self.fingerprints[number]
             if here != known:
                 os.close(descriptor)

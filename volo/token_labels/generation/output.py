@@ -15,7 +15,7 @@ import torch
 
 from volo.data.sources.records import ImageRecords
 from volo.reporting import ProgressBar
-from volo.runtime.files import rename_folder
+from volo.runtime.files import path_below, rename_folder, require_below
 from volo.runtime.signals import StopRequest
 from volo.token_labels.generation.label_blocks import BlockFolder
 from volo.token_labels.generation.options import GenerateOptions
@@ -44,7 +44,7 @@ def published_name(path: str) -> str:
 
 
 def require_storable(layout: str, records: ImageRecords) -> None:
-    """Raise ValueError if two images would share a label's name, or if there are too many classes to store."""
+    """Raise ValueError if two images would share a label's name, one cannot be a file's, or classes are too many."""
     num_classes = len(records.classes)
     if num_classes > MAX_CLASSES:
         raise ValueError(f"--class_list has {num_classes:,} classes; labels are stored for up to {MAX_CLASSES:,}")
@@ -55,7 +55,9 @@ def require_storable(layout: str, records: ImageRecords) -> None:
         )
     name_of = published_name if layout == "published" else label_key
     owner: dict[str, str] = {}
-    for path in records.names:
+    for index, path in enumerate(records.names):
+        if layout == "published":
+            require_below(name_of(path), records.location(index))  # it becomes the name of a file
         other = owner.setdefault(name_of(path), path)
         if other != path:
             raise ValueError(
@@ -128,7 +130,7 @@ def write_published(
     partial.mkdir(parents=True)
     try:
         for path, label in labels:
-            file = partial / f"{published_name(path)}.pt"
+            file = Path(path_below(partial, f"{published_name(path)}.pt", options.images))
             file.parent.mkdir(parents=True, exist_ok=True)
             planes = np.stack([label.scores, label.classes.astype(np.float16)])
             torch.save(torch.from_numpy(planes), file)
