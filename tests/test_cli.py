@@ -377,3 +377,8 @@ def test_a_recipe_of_endless_values_is_refused(tmp_path, capsys, text):
         parse(build_parser("train.py", ""), ["--config", str(recipe)])
     assert info.value.code == 2
     assert f"{recipe} is no recipe: its values are nested more than 20 deep" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_file_cannot_speak_to_the_terminal(error_of, recipe):
+    said = error_of("--config", recipe('train: {"na\\e[2Jme": x}\n'))
+    assert "\x1b" not in said and r"na\x1b[2Jme" in said

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from volo.config import REMOVED_FIELDS, RENAMED_VALUES, Config
 from volo.runtime.exit_codes import USAGE, forgo_restarts, leave_for_launcher
+from volo.runtime.text import printable
 
 _DEEPEST, _MOST_VALUES = 20, 100_000  # of a recipe, aliases followed; far beyond any
 _Options = TypeVar("_Options")
@@ -32,6 +33,7 @@ class RecipeParser(ArgumentParser):
         message = _in_one_line(str(message), self.options_class)
         if not self.exit_on_error:
             raise ValueError(f"{message}{hint}") from ex
+        message, hint = printable(message), printable(hint)  # a config file may be anybody's
         print(f"Every option with its meaning: {self.prog} --help", file=sys.stderr)
         print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
         leave_for_launcher(USAGE, f"{message}{hint}")

@@ -24,12 +24,13 @@ from volo.engine.optim import check_optimizer
 from volo.engine.run_folder import RunFolder, check_same_images, git_revision
 from volo.engine.trainer import Trainer
 from volo.published_results import published_top1
-from volo.reporting import plot_curves, setup_logging, text_table
+from volo.reporting import LINES, plot_curves, setup_logging, text_table
 from volo.runtime import distributed
 from volo.runtime.distributed import World
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, checking_usage
 from volo.runtime.signals import StopRequest
+from volo.runtime.text import printable
 from volo.token_labels.source import LabelSource
 
 _logger = logging.getLogger("volo")
@@ -45,7 +46,7 @@ def run_training(config: Config) -> int:
     if trainer.world.is_main:
         draw_curves(trainer.run)
         if finished:
-            _logger.info("%s", closing_words(trainer))
+            _logger.info("%s", closing_words(trainer), extra=LINES)
     return DONE if finished else STOPPED
 
 
@@ -83,7 +84,7 @@ def set_up(config: Config, stop: StopRequest) -> Trainer:
     trainer = Trainer(config, world, run, splits, learner, loader, val_loader, checkpoint, stop)
     distributed.on_main(lambda: run.write_config(config))
     stop.begin()
-    _logger.info("%s", describe(trainer, labels))
+    _logger.info("%s", describe(trainer, labels), extra=LINES)
     if path is not None:
         _logger.info("resuming from %s: epoch %d, step %d", path, trainer.state.epoch, trainer.state.step)
     return trainer
@@ -150,7 +151,7 @@ def describe(trainer: Trainer, labels: LabelSource | None) -> str:
         span = f"about {horizon:,.0f} steps, {horizon / steps:.1f} epochs"
         rows.append(("EMA", f"decay {config.ema.decay:g}: averages over {span}"))
     rows += [("seed", str(config.train.seed)), ("revision", git_revision()), ("folder", str(trainer.run.path))]
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+    return "\n".join(f"{name:<10} {printable(value)}" for name, value in rows)
 
 
 def closing_words(trainer: Trainer) -> str:

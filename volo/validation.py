@@ -21,7 +21,7 @@ from volo.engine.evaluate import Accuracy, Evaluation, ReaLLabels, evaluate
 from volo.models.volo import VOLO
 from volo.models.weights import LoadReport, load_content, read_checkpoint
 from volo.published_results import PublishedTop1, published_top1
-from volo.reporting import ProgressBar, setup_logging, text_table, write_results
+from volo.reporting import LINES, ProgressBar, setup_logging, text_table, write_results
 from volo.runtime import distributed
 from volo.runtime.compiling import compile_in_place, compile_problem, seconds_compiling
 from volo.runtime.distributed import World
@@ -30,6 +30,7 @@ from volo.runtime.memory_format import convolutions_to_channels_last, wants_chan
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, checking_usage
 from volo.runtime.rng import torch_seed
+from volo.runtime.text import printable
 
 _logger = logging.getLogger("volo")
 
@@ -82,14 +83,14 @@ def run_validation(config: Config, options: ValidationOptions) -> int:
 
     provenance = describe(config, options, report, precision, world) | {"outlook": kernel}
     shown = provenance | {"pixels": str(backend)}  # both backends give the same bytes: not part of a result
-    _logger.info("%s", "\n".join(f"{name:<14} {value}" for name, value in shown.items()))
+    _logger.info("%s", "\n".join(f"{name:<14} {printable(value)}" for name, value in shown.items()), extra=LINES)
     results: list[Result] = []
     for dataset in datasets:
         results += evaluate_dataset(model, dataset, config, precision, world)
     if seconds := seconds_compiling():
         _logger.info("compiling the network took %.0f s of it", seconds)
     if world.is_main:
-        _logger.info("%s", results_table(results))
+        _logger.info("%s", results_table(results), extra=LINES)
         records = [result.record(provenance) for result in results]
         write_results(folder / "results.json", folder / "results.csv", records)
         _logger.info("results: %s and %s", folder / "results.json", folder / "results.csv")

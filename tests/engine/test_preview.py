@@ -78,3 +78,11 @@ def test_cutmix_takes_from_each_token_what_lies_under_the_box():
     expected = torch.tensor([[1, 0.5, 0.75, 1, 0.5, 0.75], [0.4] * 6], dtype=torch.float64)
     torch.testing.assert_close(shares, expected)
     assert float(shares[0].mean()) == pytest.approx(0.75)  # a whole image's share is its ratio
+
+
+def test_class_names_with_line_feeds_are_drawn():
+    view = TokenView(np.zeros((1, 4), np.int64), np.full((1, 4), 0.5), np.ones((1, 4), bool), (2, 2))
+    names = ["a\nb\x1b\udce9"]
+    assert draw_batch(np.zeros((1, 20, 20, 3)), names, names, view) == draw_batch(
+        np.zeros((1, 20, 20, 3)), [r"a\nb\x1b\udce9"], [r"a\nb\x1b\udce9"], view
+    )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from volo.reporting import ProgressBar, setup_logging
+from volo.reporting import LINES, ProgressBar, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +95,36 @@ def test_other_processes_print_errors_with_their_rank(tmp_path, capsys):
     logging.getLogger("volo").error("lost disk")
     assert capsys.readouterr().out == "[rank 3] lost disk\n"
     assert not list(tmp_path.iterdir())
+
+
+HOSTILE = "a/\x1b[2J\udce9ü\nerror: x.jpg"
+SHOWN = r"a/\x1b[2J\udce9ü\nerror: x.jpg"
+
+
+def test_names_reach_the_log_escaped(tmp_path, capsys):
+    """Undecodable bytes included, which no encoding has."""
+    setup_logging(tmp_path)
+    logging.getLogger("volo").warning("cannot read %s", HOSTILE)
+    logging.getLogger("volo").info("%s", f"one\ntwo\x1b[2J {SHOWN}", extra=LINES)
+    assert capsys.readouterr().out == f"cannot read {SHOWN}\none\ntwo\\x1b[2J {SHOWN}\n"
+    assert f"WARNING cannot read {SHOWN}\n" in (tmp_path / "log.txt").read_text()
+    setup_logging(None, main_process=False, rank=3)
+    logging.getLogger("volo").error("cannot read %s", HOSTILE)
+    assert capsys.readouterr().out == f"[rank 3] cannot read {SHOWN}\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_names_in_progress_are_escaped(monkeypatch, is_terminal):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    setup_logging(None)
+    progress = ProgressBar(2, f"listing {HOSTILE}", log_every=1)
+    progress.update(1, file=HOSTILE)
+    logging.getLogger("volo").info("a line")  # makes a bar draw itself again
+    progress.close()
+    assert terminal.getvalue().count(SHOWN) >= 2 and HOSTILE not in terminal.getvalue()

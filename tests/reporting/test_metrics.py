@@ -288,3 +288,12 @@ def test_curves_of_almost_nothing(tmp_path, rows):
     if not rows:
         (tmp_path / "metrics.csv").write_text("step,epoch\n")
     drawn(tmp_path, rows)
+
+
+def test_names_in_results(tmp_path):
+    """JSON gives them back as they are, in plain ASCII; a CSV file goes to terminals and spreadsheets line by line."""
+    name = "a\x1b[2J\nb\udce9ü"
+    write_results(tmp_path / "r.json", tmp_path / "r.csv", [{"dataset": name, "skipped_files": [name]}])
+    assert json.loads((tmp_path / "r.json").read_text("ascii")) == [{"dataset": name, "skipped_files": [name]}]
+    (row,) = csv.DictReader((tmp_path / "r.csv").read_text("utf-8").splitlines())
+    assert row["dataset"] == r"a\x1b[2J\nb\udce9ü" and json.loads(row["skipped_files"]) == [name]

@@ -26,3 +26,8 @@ def test_text_is_on_the_left_and_a_table_may_be_empty():
         "long  1e5",
     ]
     assert text_table(["a", "bc"], []).splitlines()[0] == "a    bc"
+
+
+def test_names_stay_in_their_cells():
+    lines = text_table(["dataset", "images"], [["a\x1b[2J\nb\udce9", 1], ["Häuser", 2]]).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == [r"a\x1b[2J\nb\udce9", "Häuser"]

@@ -1,4 +1,4 @@
-"""Which endings of a program another attempt could change."""
+"""How a program ends: its last line, which may hold names from files, and whether another attempt could change it."""
 
 import errno
 import sys
@@ -57,3 +57,39 @@ def test_all_codes_are_left_before_the_first_process_ends(monkeypatch, tmp_path)
     with pytest.raises(SystemExit):
         finish(lambda: STOPPED)
     assert order == ["75", "told"]
+
+
+NAME = "a\nerror: all is well\x1b[2J\udce9.jpg"
+SHOWN = r"a\nerror: all is well\x1b[2J\udce9.jpg"
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys, tmp_path):
+    """Return what a program with this body prints to stderr, and the reason that it leaves for the launcher."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(program, "_exit", leave)
+
+    def run(error: Exception) -> tuple[str, str]:
+        def body():
+            raise error
+
+        monkeypatch.setenv("VOLO_EXIT_FILE", str(tmp_path / type(error).__name__))
+        with pytest.raises(SystemExit):
+            program.finish(body)
+        return capsys.readouterr().err, (tmp_path / f"{type(error).__name__}.reason").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [ValueError, Failure, program.UsageError])
+def test_names_in_the_last_line_are_escaped(ended, kind):
+    assert ended(kind(f"cannot read {NAME}")) == (f"error: cannot read {SHOWN}\n", f"cannot read {SHOWN}")
+
+
+def test_names_in_a_traceback_are_escaped(ended):
+    printed, reason = ended(RuntimeError(f"cannot read {NAME}"))
+    assert "Traceback (most recent call last):\n" in printed and "\x1b" not in printed and "\udce9" not in printed
+    assert printed.splitlines()[-1] == f"error: {reason}" and reason.startswith("RuntimeError: cannot read a")

@@ -9,11 +9,12 @@ TensorBoard and matplotlib are imported on first use: that takes seconds, and ma
 """
 
 from volo.reporting.curves import plot_curves
-from volo.reporting.log import ProgressBar, setup_logging
+from volo.reporting.log import LINES, ProgressBar, setup_logging
 from volo.reporting.metrics import MetricsWriter, read_metrics, write_results
 from volo.reporting.tables import text_table
 
 __all__ = [
+    "LINES",
     "MetricsWriter",
     "ProgressBar",
     "plot_curves",

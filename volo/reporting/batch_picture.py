@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from volo.runtime.text import printable
+
 # Fourteen colours that stay apart from each other and from photographs.
 _COLOURS = (
     *("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4"),
@@ -59,6 +61,7 @@ def draw_batch(
         mix_box: MixToken's box (top, left, bottom, right) on the grid, drawn as a dashed frame: inside, the network
             gets the tokens of the reversed batch.
     """
+    titles, class_names = ([printable(name) for name in names] for names in (titles, class_names))
     panels = 2 if tokens is not None else 1
     per_row = max(4 // panels, 1)
     scale = math.ceil(_SIDE / max(images.shape[1:3]))  # a whole number, so that the network's pixels stay alike

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from volo.runtime.text import printable
+
 logger = logging.getLogger("volo")
+
+LINES = {"lines": True}
+"""Given as ``extra``, keeps the line feeds of a message, such as a table; those in names must be escaped before."""
 
 
 def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: int = 0) -> None:
@@ -15,22 +20,30 @@ def setup_logging(run_dir: str | Path | None, main_process: bool = True, rank: i
 
     The main process prints its messages plainly to stdout and appends them, with the time, to ``log.txt`` in
     ``run_dir`` (None: no file). Messages are about the run as a whole, so the other ranks would repeat them: they
-    only print errors, with their rank in front.
+    only print errors, with their rank in front. Both show names that others wrote by :func:`printable`.
     """
     assert main_process == (rank == 0), f"rank {rank}, main_process={main_process}"
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     console = _BarSafeHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s" if main_process else f"[rank {rank}] %(message)s"))
+    console.setFormatter(_Printable("%(message)s" if main_process else f"[rank {rank}] %(message)s"))
     logger.addHandler(console)
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
     if main_process and run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         # Opened by the first message: a refused run leaves an existing folder unchanged.
         file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8", delay=True)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters in messages, and line feeds unless the message is of several lines (LINES)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        keep = "\n" if getattr(record, "lines", False) or record.exc_info else ""
+        return printable(super().format(record), keep)
 
 
 class _LogFile(logging.FileHandler):
@@ -63,7 +76,7 @@ class ProgressBar:
     def __init__(
         self, total: int, title: str, enabled: bool = True, log_every: int = 50, done: int = 0, delay: float = 0
     ):
-        self._total, self._title, self._log_every = total, title, log_every
+        self._total, self._title, self._log_every = total, printable(title), log_every
         self._enabled = enabled
         self._first = self._done = done
         self._start = time.perf_counter()
@@ -71,7 +84,13 @@ class ProgressBar:
         self._bar = None
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, desc=title, initial=done, file=sys.stderr, dynamic_ncols=True, leave=False, delay=delay
+                total=total,
+                desc=self._title,
+                initial=done,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=False,
+                delay=delay,
             )
 
     def update(self, n: int = 1, **shown: float | str) -> None:
@@ -99,4 +118,4 @@ class ProgressBar:
 def _short(value: float | str) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-    return str(value)
+    return printable(str(value))

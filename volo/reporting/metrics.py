@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from volo.runtime.files import write_atomic
+from volo.runtime.text import printable
 
 logger = logging.getLogger("volo")
 
@@ -155,12 +156,18 @@ def write_results(path_json: str | Path, path_csv: str | Path, rows: list[dict])
     """Write one record per row as JSON (a list of objects) and as CSV (columns in order of first appearance).
 
     JSON has no NaN or infinity, so they become null there; the CSV file keeps them. Lists and dictionaries become
-    JSON in the CSV file.
+    JSON in the CSV file, and its texts have their control characters escaped; JSON escapes them itself.
     """
     write_atomic(Path(path_json), json.dumps(_without_non_finite(rows), indent=2, allow_nan=False) + "\n")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    flat = [{name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()} for row in rows]
+    flat = [{name: _cell(value) for name, value in row.items()} for row in rows]
     write_atomic(Path(path_csv), _csv_lines(columns, flat, header=True))
+
+
+def _cell(value):
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return printable(value) if isinstance(value, str) else value
 
 
 def _parse(path: Path) -> tuple[list[str], list[dict[str, str]], str]:

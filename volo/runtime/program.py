@@ -19,6 +19,7 @@ import torch
 from volo.runtime import distributed
 from volo.runtime.errors import Failure, UnusableFile
 from volo.runtime.exit_codes import DONE, FAILED, STOPPED, USAGE, forgo_restarts, leave_for_launcher
+from volo.runtime.text import printable
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -141,13 +142,14 @@ def _unexpected(error: Exception) -> str:
         return (
             f"another process of the run is gone or silent ({transport}): {who}. If it failed, its own message says why"
         )
-    traceback.print_exc()
+    print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}" + (" ... (whole above)" if len(lines) > 1 else "")
 
 
 def _fail(reason: str, code: int) -> int:
     sys.stdout.flush()
+    reason = printable(reason)  # with names out of files; it is one line
     rank = int(os.environ.get("RANK", 0))
     prefix = f"[rank {rank}] " if rank else ""
     if code != USAGE:  # a refused command is no part of the run in that folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from volo.data.sources.base import PackedNames
 from volo.data.sources.records import class_names, has_image_suffix, imagenet_classes
-from volo.reporting import ProgressBar, setup_logging
+from volo.reporting import LINES, ProgressBar, setup_logging
 from volo.runtime.program import DONE, checking_usage, with_options_of
 from volo.token_labels.images import OPTIONS_HERE, open_images
 from volo.token_labels.opening import match_images
@@ -56,7 +56,7 @@ def run_packing(options: PackOptions) -> int:
         raise ValueError(f"{options.output} could not be written ({error.strerror}) and was removed") from error
     finally:
         progress.close()
-    _logger.info("%s", summary(writer.path, len(labels), sizes, labels.ignored))
+    _logger.info("%s", summary(writer.path, len(labels), sizes, labels.ignored), extra=LINES)
     return DONE
 
 

@@ -156,6 +156,10 @@ def test_members_that_are_no_regular_files_are_refused(tmp_path, kind, name):
         records(tmp_path / "all.tar")
 
 
+def test_an_archive_may_have_a_name_that_is_not_utf8(tmp_path):
+    assert len(records(formats.write_tar(tmp_path / os.fsdecode(b"\xe9.tar"), FILES))) == len(FILES)
+
+
 def test_shards_that_are_no_regular_files_are_refused(tmp_path):
     formats.write_tar(tmp_path / "train/0.tar", FILES)
     (tmp_path / "train/1.tar").symlink_to("/dev/null")

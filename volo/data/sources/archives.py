@@ -85,7 +85,7 @@ class ArchiveSplit(Split):
         if self._index is None:
             fingerprints = fingerprints_of(self.urls)
             text = "\n".join(self.urls)
-            location = f"{self.location} ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
+            location = f"{self.location} ({hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:16]})"
             keep = all(map(shows_changes, fingerprints))
             self._index = (self.listing_cache if keep else ListingCache(None)).get(
                 "archives",

@@ -21,7 +21,7 @@ import torch
 from volo.data.sources.records import ImageRecords
 from volo.data.workers import WorkerFailed
 from volo.models import read_checkpoint
-from volo.reporting import ProgressBar, setup_logging
+from volo.reporting import LINES, ProgressBar, setup_logging
 from volo.runtime import distributed
 from volo.runtime.distributed import World, worker_count
 from volo.runtime.files import write_atomic
@@ -29,6 +29,7 @@ from volo.runtime.memory_format import convolutions_to_channels_last
 from volo.runtime.precision import Precision
 from volo.runtime.program import DONE, STOPPED, UsageError, with_options_of
 from volo.runtime.signals import StopRequest
+from volo.runtime.text import printable
 from volo.token_labels.generation.label_blocks import BlockFolder
 from volo.token_labels.generation.labeller import Labeller
 from volo.token_labels.generation.options import GenerateOptions
@@ -73,7 +74,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
         folder = BlockFolder(_parts(options), len(records), options.block_size, options.top_k)
         distributed.on_main(lambda: folder.open(identity(options, records, teacher, precision)), lambda _: None)
     remaining = distributed.on_main(folder.remaining)
-    _logger.info("%s", describe(options, records, teacher, grid, precision, world))
+    _logger.info("%s", describe(options, records, teacher, grid, precision, world), extra=LINES)
     if done := len(folder) - len(remaining):
         _logger.info("resuming in %s: %d of %d blocks are done", folder.path, done, len(folder))
 
@@ -89,7 +90,7 @@ def _run(options: GenerateOptions, stop: StopRequest) -> int:
     if totals is None:
         return _stopped(folder)
     folder.remove()
-    _logger.info("%s", closing_words(options, totals))
+    _logger.info("%s", closing_words(options, totals), extra=LINES)
     return DONE
 
 
@@ -137,7 +138,7 @@ def identity(
     """Return everything that the labels depend on, which must not change when a run resumes."""
     images = hashlib.sha256("\n".join(records.names).encode("utf-8", "surrogateescape"))
     images.update(records.labels.tobytes())
-    classes = hashlib.sha256("\n".join(records.classes).encode())
+    classes = hashlib.sha256("\n".join(records.classes).encode("utf-8", "surrogateescape"))
     return {
         "teacher": options.teacher,
         "weights": teacher.fingerprint(),
@@ -232,7 +233,7 @@ def describe(
     ]
     if records.ignored:
         rows.append(("ignored", f"{records.ignored} files that are hidden, or whose suffix is not that of an image"))
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+    return "\n".join(f"{name:<10} {printable(value)}" for name, value in rows)
 
 
 def closing_words(options: GenerateOptions, totals: Totals) -> str:
@@ -243,9 +244,9 @@ def closing_words(options: GenerateOptions, totals: Totals) -> str:
     lines = [f"labels of {totals.images:,} images: {options.output}"]
     if totals.skipped:
         listed = Path(f"{options.output}.skipped.txt")
-        write_atomic(listed, ("\n".join(totals.skipped) + "\n").encode(errors="surrogateescape"))
+        write_atomic(listed, "".join(f"{printable(reason)}\n" for reason in totals.skipped))
         lines.append(f"{len(totals.skipped):,} images are unreadable and have no label (full list: {listed}):")
-        lines += [f"  {reason}" for reason in totals.skipped[:10]]
+        lines += [f"  {printable(reason)}" for reason in totals.skipped[:10]]
     shares = [
         f"{name} {100 * count / totals.images:.3f} % ({count:,} of {totals.images:,})"
         for name, count in (("top-1", totals.top1_correct), ("top-5", totals.top5_correct))
