@@ -3,7 +3,11 @@
 
 import sys
 
-from volo.cli import build_parser, parse
+from volo.runtime.exit_codes import stop_with_launcher
+
+stop_with_launcher()  # before the other imports, which take time
+
+from volo.cli import build_parser, parse  # noqa: E402
 
 if __name__ == "__main__":
     parser = build_parser("train.py", "Train a VOLO from a recipe, on one process or under torchrun.")

@@ -3,8 +3,12 @@
 
 import sys
 
-from volo.cli import build_parser, parse
-from volo.config import ValidationOptions
+from volo.runtime.exit_codes import stop_with_launcher
+
+stop_with_launcher()  # before the other imports, which take time
+
+from volo.cli import build_parser, parse  # noqa: E402
+from volo.config import ValidationOptions  # noqa: E402
 
 if __name__ == "__main__":
     parser = build_parser("validate.py", "Evaluate a checkpoint exactly, on one process or under torchrun.")

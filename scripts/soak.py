@@ -5,7 +5,7 @@
 Killed with SIGKILL are a rank, a data worker, the whole process group, and torchrun itself; which, and after how long,
 is drawn from the seed. torchrun restarts what it can; otherwise the same command is given again, as a user would. Runs
 follow one another until there were enough kills. Exit code 1 if a run does not end with the very weights, average,
-optimizer state and metrics of the undisturbed one.
+optimizer state and metrics of the undisturbed one, or leaves processes behind.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def main() -> int:
         tally.runs += 1
         name = f"run-{tally.runs}"
         disturb_to_the_end(options, name, rng, tally, deadline)
-        differences = compare(output / "undisturbed", output / name)
+        differences = compare(output / "undisturbed", output / name) + left_over(options.output, name)
         wrong += [f"{name}: {what}" for what in differences]
         print(f"{name}: {tally.total} kills so far, {'differs' if differences else 'bit-identical'}", flush=True)
     rows = [[victim, tally.kills[victim]] for victim in VICTIMS]
@@ -172,6 +172,22 @@ def children(parent: int) -> list[int]:
         if int(fields[1]) == parent and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return sorted(found)
+
+
+def left_over(output: str, name: str) -> list[str]:
+    """Return the processes of a finished run that are still there after half a minute."""
+    words = f"--train.output\0{output}\0--train.name\0{name}\0".encode()
+    found = []
+    for _ in range(60):
+        found = []
+        for line in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if words in line.read_bytes():
+                    found.append(f"process {line.parent.name} is left over")
+        if not found:
+            break
+        time.sleep(0.5)
+    return found
 
 
 def compare(one: Path, other: Path) -> list[str]:

@@ -2,9 +2,12 @@
 
 import io
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
+from programs import ROOT
 
 from volo.reporting import LINES, ProgressBar, setup_logging
 
@@ -128,3 +131,39 @@ def test_names_in_progress_are_escaped(monkeypatch, is_terminal):
     logging.getLogger("volo").info("a line")  # makes a bar draw itself again
     progress.close()
     assert terminal.getvalue().count(SHOWN) >= 2 and HOSTILE not in terminal.getvalue()
+
+
+_SPEAKER = """
+import sys
+from volo.reporting import ProgressBar, setup_logging
+from volo.runtime.program import finish
+
+def body():
+    setup_logging(sys.argv[1])
+    bar = ProgressBar(30, "train", log_every=1)
+    for _ in range(30):
+        bar.update(1)
+    return 0
+
+finish(body)
+"""
+
+
+@pytest.mark.parametrize("stream", ["closed", "a full disk", "a pipe nobody reads"])
+def test_a_lost_standard_output_costs_one_line(tmp_path, stream):
+    command = [sys.executable, "-c", _SPEAKER, str(tmp_path)]
+    options: dict = {"stderr": subprocess.PIPE, "text": True, "timeout": 60, "cwd": ROOT}
+    if stream == "closed":
+        ended = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], **options)
+    elif stream == "a full disk":
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, stdout=full, **options)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        ended = subprocess.run(command, stdout=writer, **options)
+        os.close(writer)
+    warnings = 0 if stream == "closed" else 1
+    assert ended.returncode == 0 and len(ended.stderr.splitlines()) == warnings, ended.stderr
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("train  step ") == 30 and text.count("nothing more is printed") == warnings

@@ -1,6 +1,8 @@
 """What a run prints: log lines and the progress of a loop."""
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,6 +61,16 @@ class _BarSafeHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without a stream that cannot be written: its reader has gone, or the disk behind it is full."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        with contextlib.suppress(OSError, ValueError):  # also what is still in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            print(f"warning: nothing more is printed to standard output ({error})", file=sys.stderr, flush=True)
+        logger.warning("nothing more is printed to standard output (%s)", error)
 
 
 class ProgressBar:

@@ -21,7 +21,7 @@ from volo.runtime.device import Place, place_of, require_fitting_places, resolve
 from volo.runtime.host_memory import keep_freed_memory
 from volo.runtime.network import choose_gloo_interface
 from volo.runtime.pulse import Pulse
-from volo.runtime.rendezvous import join, stop_with_launcher
+from volo.runtime.rendezvous import join
 
 _pulse: Pulse | None = None
 
@@ -86,7 +86,6 @@ def initialise(device_choice: str = "auto", timeout_minutes: float = 30.0) -> Wo
             machines.
         RendezvousFailed: The processes did not find one another.
     """
-    stop_with_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = resolve_device(device_choice, local_rank)
     if device.type == "cuda":

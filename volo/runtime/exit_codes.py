@@ -1,4 +1,4 @@
-"""Exit codes of the programs, and how they get past torchrun.
+"""Exit codes of the programs, how they get past torchrun, and what becomes of a program whose torchrun is killed.
 
 torchrun turns every code but 0 into 1 and ends with a long report of its own. If distributed_train.sh has named a file,
 the first process of a machine therefore writes its code there, and the first process to fail its reason beside it, by
@@ -6,11 +6,14 @@ attempt: torchrun starts everything again after a failure, up to MAX_RESTARTS ti
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def leave_for_launcher(code: int, reason: str | None = None) -> None:
@@ -36,3 +39,13 @@ def forgo_restarts() -> None:
     if launcher:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(int(launcher), signal.SIGUSR2)
+
+
+def stop_with_launcher() -> None:
+    """Have SIGTERM sent to this process if torchrun, its parent, is killed (on Linux).
+
+    It would go on otherwise, out of the reach of whoever wants to stop or restart the run, with the run folder locked,
+    or wait for a rendezvous that nobody serves. Call it first of all: a parent that is gone already sends nothing.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -70,6 +70,12 @@ def read_regular(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def user_cache() -> Path | None:
+    """Return the user's cache folder, $XDG_CACHE_HOME or ~/.cache; None for a user without a home, as in containers."""
+    named = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if named.startswith("~") else Path(named)
+
+
 def sync_folder(folder: Path) -> None:
     """Write the names in a folder to the disk: without it, a new or renamed file may be lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

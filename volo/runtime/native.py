@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from volo.runtime.files import user_cache
+
 _FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-shared"]
 _SECONDS = 300  # a compiler that takes longer is hung
 
@@ -68,10 +70,16 @@ def library(source: Path, flags: Sequence[str], name: str) -> ctypes.CDLL:
         name: What the library's file name begins with.
 
     Raises:
-        NoLibrary: No compiler, one that fails or hangs, or a cache folder that cannot be written.
+        NoLibrary: No compiler, one that fails or hangs, no cache folder or one that cannot be written, or a library
+            that does not load although it was just built.
     """
     try:
-        return ctypes.CDLL(str(_build(source, [*_FLAGS, *flags], name)))
+        path = _build(source, [*_FLAGS, *flags], name)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # of another machine or libc, or overwritten
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_build(source, [*_FLAGS, *flags], name)))
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         raise NoLibrary(str(error)) from error
 
@@ -94,8 +102,12 @@ def _build(source: Path, flags: list[str], name: str) -> Path:
 
 def _cache_folder() -> Path:
     """Return where torch keeps extensions, without importing its loader, which warns on machines without CUDA."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"), "volo")
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(named, "volo")
+    cache = user_cache()
+    if cache is None:
+        raise RuntimeError("this user has no home to keep a compiled library in; set TORCH_EXTENSIONS_DIR to a folder")
+    return cache / "torch_extensions/volo"
 
 
 def _compiler() -> list[str]:

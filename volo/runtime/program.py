@@ -63,6 +63,9 @@ def finish(body: Callable[[], int]) -> None:
     that fell off the bus, say): whatever else ended the run would end it again.
     """
     threading.excepthook = _report_thread
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for good
     again = False
     try:
         code = body()
@@ -84,7 +87,7 @@ def finish(body: Callable[[], int]) -> None:
         with contextlib.suppress(RuntimeError):  # of a process that is gone
             distributed.barrier()  # as soon as one has left, torchrun ends those that have not left their code yet
     if code != DONE and not again:
-        sys.stdout.flush()
+        _flush()
         forgo_restarts()
     if code in (DONE, STOPPED):
         distributed.shutdown()
@@ -114,12 +117,18 @@ def stop_at_once() -> NoReturn:
     _exit(STOPPED)
 
 
+def _flush() -> None:
+    """Write out what was printed; a stream whose reader has gone, or whose disk is full, is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
 def _exit(code: int) -> NoReturn:
     # Other processes may be gone: leaving the process group in order would wait for them.
     for worker in multiprocessing.active_children():
         worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
 
 

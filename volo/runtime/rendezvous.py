@@ -5,10 +5,6 @@ dead predecessors there and connect to them. Its count of restarts does not tell
 count of its own, which a restart on behalf of another machine does not raise.
 """
 
-import ctypes
-import os
-import signal
-import sys
 import time
 from datetime import timedelta
 from uuid import uuid4
@@ -17,18 +13,8 @@ from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivat
 from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.02
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _store: Store | None = None  # of torchrun; of rank 0, and gone with it, without torchrun
-
-
-def stop_with_launcher() -> None:
-    """Have SIGTERM sent to this process if torchrun, its parent, is killed (on Linux).
-
-    It would go on otherwise, out of the reach of whoever wants to stop or restart the run, with the run folder locked.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def join(timeout: timedelta) -> tuple[Store, int, int]:

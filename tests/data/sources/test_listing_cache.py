@@ -13,6 +13,7 @@ from volo.data.sources.base import PackedNames
 from volo.data.sources.folders import FolderSplit, scan_class_folders
 from volo.data.sources.label_files import LabelsOption
 from volo.data.sources.listing_cache import ListingCache
+from volo.runtime import native
 
 CLASSES = ("a", "a-b", "b", "c")
 
@@ -164,6 +165,27 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert ListingCache.of("auto").folder == Path.home() / ".cache/volo"
     assert ListingCache.of("none").folder is None
     assert ListingCache.of("~/x").folder == Path.home() / "x"
+
+
+def test_a_user_without_a_home_has_no_cache_folder(monkeypatch, caplog):
+    for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id that the system does not know
+    assert ListingCache.of("auto").folder is None
+    assert "listings are not cached: this user has no home" in caplog.text
+    with pytest.raises(RuntimeError, match="no home to keep a compiled library in; set TORCH_EXTENSIONS_DIR"):
+        native._cache_folder()
+
+
+def test_a_compiled_library_that_does_not_load_is_built_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    built = native._build(source, native._FLAGS, "answer")
+    content = built.read_bytes()
+    built.write_bytes(b"of another machine")
+    assert native.library(source, [], "answer").answer() == 42
+    assert len(built.read_bytes()) > len(content) // 3
 
 
 def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volo.runtime.files import write_atomic
+from volo.runtime.files import user_cache, write_atomic
 
 _logger = logging.getLogger("volo")
 
@@ -46,7 +46,10 @@ class ListingCache:
     def of(cls, cache: str) -> "ListingCache":
         """Return the cache of option ``data.cache``: "auto" (the user's cache folder), "none" or a folder."""
         if cache == "auto":
-            return cls(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "volo")
+            user = user_cache()
+            if user is None:
+                _logger.warning("listings are not cached: this user has no home. Name a folder in data.cache")
+            return cls(user and user / "volo")
         return cls(None if cache == "none" else cache)
 
     def get(
