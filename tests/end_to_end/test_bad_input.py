@@ -54,7 +54,7 @@ def finished(good_images, tmp_path_factory):
 
 def state_of(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and modification time of every file under ``folder``."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]  # of a refused run
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

@@ -70,7 +70,7 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("how", ["plain", "two"])
 def test_run_folder_holds_every_file(how, request):
     run, ended = request.getfixturevalue(how)
-    names = {path.name for path in run.iterdir()}
+    names = {path.name for path in run.iterdir()} - {".lock"}
     assert names >= {"config.yaml", "log.txt", "metrics.csv", "last.pt", "best.pt", "curves.png", "batch.png"}
     assert len([name for name in names if name.startswith("events.out.tfevents")]) == 1
     assert sorted(name for name in names if name.startswith("step-")) == ["step-00000003.pt", "step-00000006.pt"]

@@ -152,7 +152,7 @@ def test_members_that_are_no_regular_files_are_refused(tmp_path, kind, name):
         member = tarfile.TarInfo(name)
         member.type = kind
         archive.addfile(member)
-    with pytest.raises(ValueError, match=f"all.tar: {name} is a pipe, a device or a sparse file"):
+    with pytest.raises(ValueError, match=f"all.tar: {name} is (a pipe or a device|stored as a sparse file)"):
         records(tmp_path / "all.tar")
 
 

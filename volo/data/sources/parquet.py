@@ -51,9 +51,9 @@ class ParquetSource(ImageSource):
             self._reader = _open(self.folder, self.split)
         # Not by the reader's own [row], which opens any path.
         image = self._reader.dataset[int(self.rows[index])][self._reader.image_key]
-        if image["bytes"]:
+        if image and image["bytes"]:
             return image["bytes"]
-        if not image["path"]:
+        if not image or not image["path"]:
             raise UnreadableImage(f"cannot read {self.location(index)}: the row has no image")
         try:
             return read_regular(path_below(self.folder, _relative(image["path"], self.folder), self.location(index)))
