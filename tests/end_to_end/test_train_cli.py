@@ -212,7 +212,7 @@ def test_wrong_options_end_at_once_with_code_2(recipe, tmp_path):
         (("--model.layers", "[1,1]"), "layers"),
         (("--optim.name", "adamx"), "adamax"),
         (("--optim.implementation", "apex"), "Apex"),
-        (("--optim.weight_decay", -1), "0 or more"),
+        (("--optim.weight_decay", -1), "it is in [0, 1]"),
         (("--optim.lr", 1e-6), "schedule.min_lr"),
         (("--eval.crop_pct", 96), "0.96"),
         (("--augment.rand_augment", "rand-m99-q"), "rand_augment"),

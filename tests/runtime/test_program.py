@@ -9,6 +9,7 @@ import torch
 from volo.runtime import program
 from volo.runtime.distributed import OtherRankFailed, RendezvousFailed
 from volo.runtime.errors import DataError, Failure
+from volo.runtime.exit_codes import leave_for_launcher
 from volo.runtime.program import DONE, FAILED, STOPPED, USAGE, UsageError, finish
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:525] Read error [::1]:1234: Connection reset by peer")
@@ -93,3 +94,16 @@ def test_names_in_a_traceback_are_escaped(ended):
     printed, reason = ended(RuntimeError(f"cannot read {NAME}"))
     assert "Traceback (most recent call last):\n" in printed and "\x1b" not in printed and "\udce9" not in printed
     assert printed.splitlines()[-1] == f"error: {reason}" and reason.startswith("RuntimeError: cannot read a")
+
+
+def test_a_process_stopped_because_another_failed_does_not_cover_its_code(monkeypatch, tmp_path):
+    named = tmp_path / "code"
+    monkeypatch.setenv("VOLO_EXIT_FILE", str(named))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    leave_for_launcher(USAGE, "no such option")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    leave_for_launcher(STOPPED)
+    assert named.read_text() == "2"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the next attempt speaks for itself
+    leave_for_launcher(STOPPED)
+    assert named.read_text() == "75"

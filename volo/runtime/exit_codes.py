@@ -23,9 +23,11 @@ def leave_for_launcher(code: int, reason: str | None = None) -> None:
         return
     first_to_fail = False
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    reason_file = f"{named}.reason.{attempt:04d}"
+    if code == STOPPED and os.path.exists(reason_file):
+        return  # another process has failed, and this one was stopped because of it
     with contextlib.suppress(OSError):  # on a full disk the launcher falls back on torchrun's code
         if reason is not None:
-            reason_file = f"{named}.reason.{attempt:04d}"
             with contextlib.suppress(FileExistsError), open(reason_file, "x", encoding="utf-8") as file:
                 file.write(reason)
                 first_to_fail = True
