@@ -80,7 +80,7 @@ def ended(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("VOLO_EXIT_FILE", str(tmp_path / type(error).__name__))
         with pytest.raises(SystemExit):
             program.finish(body)
-        return capsys.readouterr().err, (tmp_path / f"{type(error).__name__}.reason").read_text()
+        return capsys.readouterr().err, (tmp_path / f"{type(error).__name__}.reason.0000").read_text()
 
     return run
 
