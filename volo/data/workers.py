@@ -64,7 +64,7 @@ class BatchReader:
 
     Args:
         dataset: Gives samples by key, which is the index of an image or ends with it, the location of an image by
-            ``name(index)``, and batches by ``collate(samples)``.
+            ``name(index)``, and batches, which have ``share_memory()``, by ``collate(samples)``.
         keys_from: Gives the keys of batch n, n + 1, ... to the last one.
         workers: Worker processes; 0 reads in this process.
         pin_memory: Put batches into page-locked memory (for CUDA).

@@ -77,6 +77,11 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.indices) + len(self.skipped)
 
+    def share_memory(self) -> "Chunk":
+        """Move the pixels into shared memory, if they are not there; RuntimeError if there is no room."""
+        self.pixels.share_memory_()
+        return self
+
     def images(self) -> Iterator[tuple[int, Tensor]]:
         """Yield index and pixels, uint8 [3, H, W], of each image."""
         parts = self.pixels.split([3 * height * width for height, width in self.sizes])
